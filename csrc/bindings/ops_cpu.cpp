@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.precal on the CPU: views in, tensors out. What an op accepts is decided in csrc/cpu.
+#include <string>
+#include <tuple>
+
+#include "bindings/torch_tensor.h"
+#include "core/parallel.h"
+#include "cpu/ops.h"
+
+namespace precal::bindings {
+namespace {
+
+using cpu::PrepackedWeight;
+using cpu::WeightTensors;
+using MaybeTensor = std::optional<Tensor>;
+
+void torch_parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFn body, void* context) {
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(context, b, e); });
+}
+
+const bool g_installed = [] {
+  set_parallel_for(torch_parallel_for);
+  return true;
+}();
+
+template <size_t... I, typename Array>
+auto as_tuple(const Array& a, std::index_sequence<I...>) {
+  return std::make_tuple(a[I]...);
+}
+
+template <typename Op>
+auto execute_tuple(const Op& op, const Tensor& like) {
+  return as_tuple(execute(op, like), std::make_index_sequence<size_t(Op::kOutputs)>());
+}
+
+Tensor soft_threshold(const Tensor& w, double lam) { return execute(cpu::SoftThreshold{view("w", w), lam}, w)[0]; }
+
+Tensor salience_threshold(const Tensor& w, double alpha, std::string scope, int64_t group_size,
+                          std::string normalize) {
+  return execute(cpu::SalienceThreshold{view("w", w), alpha, scope, group_size, normalize}, w)[0];
+}
+
+Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int64_t group_size,
+                     std::string normalize) {
+  return execute(cpu::SalienceMask{view("w", w), view("lam", lam), scope, group_size, normalize}, w)[0];
+}
+
+std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
+                                     MaybeTensor weight, int64_t group_size) {
+  return execute_tuple(cpu::Histogram{view("w", w), num_bins, lo, hi, view("divisor", divisor),
+                                      view("weight", weight), group_size},
+                       w);
+}
+
+Tensor spread_codes(const Tensor& counts, double lo, double hi, const Tensor& grid) {
+  return execute(cpu::SpreadCodes{view("counts", counts), lo, hi, view("grid", grid)}, counts)[0];
+}
+
+Tensor kl_divergence(const Tensor& p, const Tensor& q, double smoothing) {
+  return execute(cpu::KlDivergence{view("p", p), view("q", q), smoothing}, p)[0];
+}
+
+Tensor fit_grid(const Tensor& counts, double lo, double hi, const Tensor& grid, double mu, int64_t rounds) {
+  return execute(cpu::FitGrid{view("counts", counts), lo, hi, view("grid", grid), mu, rounds}, grid)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_groups(const Tensor& w, MaybeTensor grid, int64_t bits,
+                                                                   int64_t group_size, int64_t c, double lam,
+                                                                   std::string scale_dtype, bool symmetric,
+                                                                   double search_lo, double search_hi) {
+  return execute_tuple(cpu::QuantizeGroups{view("w", w), view("grid", grid), bits, group_size, c, lam, scale_dtype,
+                                           symmetric, search_lo, search_hi},
+                       w);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& w, const Tensor& salient,
+                                                                  int64_t bits, int64_t group_size) {
+  return execute_tuple(cpu::QuantizeSplit{view("w", w), view("salient", salient), bits, group_size}, w);
+}
+
+Tensor pack(const Tensor& codes, int64_t bits) { return execute(cpu::Pack{view("codes", codes), bits}, codes)[0]; }
+
+Tensor unpack(const Tensor& packed, int64_t bits, int64_t K) {
+  return execute(cpu::Unpack{view("packed", packed), bits, K}, packed)[0];
+}
+
+WeightTensors weight_tensors(const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
+                             const MaybeTensor& grid, const MaybeTensor& outlier_index,
+                             const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
+                             const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+  return {view("packed", packed), view("scale", scale), view("row_scale", row_scale), view("grid", grid),
+          view("outlier_index", outlier_index), view("outlier_value", outlier_value),
+          view("outlier_scale", outlier_scale), view("outlier_mask", outlier_mask), K, bits, group_size};
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
+                  MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
+                  MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+  return execute(cpu::Dequantize{weight_tensors(packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                                outlier_scale, outlier_mask, K, bits, group_size)},
+                 packed)[0];
+}
+
+Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
+               MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
+               MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+  return execute(cpu::Prepack{weight_tensors(packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                             outlier_scale, outlier_mask, K, bits, group_size)},
+                 packed)[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(
+    const Tensor& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, bool uniform,
+    bool split, std::string scale_dtype) {
+  return execute_tuple(cpu::Unprepack{PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c,
+                                                      uniform, split, scale_dtype}},
+                       prepacked);
+}
+
+// x may be strided: activations often are, and a copy of them is small beside the weight.
+Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
+              int64_t group_size, int64_t c, bool uniform, bool split, std::string scale_dtype) {
+  const Tensor rows = torch::stable::contiguous(x);
+  return execute(cpu::Linear{view("x", rows),
+                             PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, uniform, split,
+                                             scale_dtype},
+                             view("bias", bias)},
+                 x)[0];
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(precal, CPU, m) {
+  m.impl("soft_threshold", TORCH_BOX(&soft_threshold));
+  m.impl("salience_threshold", TORCH_BOX(&salience_threshold));
+  m.impl("salience_mask", TORCH_BOX(&salience_mask));
+  m.impl("histogram", TORCH_BOX(&histogram));
+  m.impl("spread_codes", TORCH_BOX(&spread_codes));
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("fit_grid", TORCH_BOX(&fit_grid));
+  m.impl("quantize_groups", TORCH_BOX(&quantize_groups));
+  m.impl("quantize_split", TORCH_BOX(&quantize_split));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("prepack", TORCH_BOX(&prepack));
+  m.impl("unprepack", TORCH_BOX(&unprepack));
+  m.impl("linear", TORCH_BOX(&linear));
+}
+
+}  // namespace precal::bindings
+
+// For Python: force an instruction set in this library too (tests, benchmarks). Returns 0, or 1 with the reason in
+// `message` (at most `size` bytes).
+#include "cpu/select.h"
+extern "C" __attribute__((visibility("default"))) int precal_torch_force_isa(const char* name, char* message,
+                                                                             size_t size) {
+  const precal::Status status = precal::cpu::force_isa(name);
+  if (status.ok()) return 0;
+  std::snprintf(message, size, "%s", status.message().c_str());
+  return 1;
+}

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// numpy arrays and DLPack tensors -> TensorView, without torch.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bindings/dlpack.h"
+#include "core/tensor_view.h"
+
+namespace precal::bindings {
+
+namespace py = pybind11;
+
+// Keeps the owner alive while the view is used.
+struct Borrowed {
+  TensorView view;
+  py::object owner;
+  int32_t device_type = kDLCPU;
+  int32_t device_id = 0;
+};
+
+inline DType dtype_from_dlpack(const char* name, DLDataType t) {
+  if (t.lanes == 1) {
+    if (t.code == kDLFloat && t.bits == 16) return DType::kFloat16;
+    if (t.code == kDLFloat && t.bits == 32) return DType::kFloat32;
+    if (t.code == kDLFloat && t.bits == 64) return DType::kFloat64;
+    if (t.code == kDLBfloat && t.bits == 16) return DType::kBFloat16;
+    if (t.code == kDLInt && t.bits == 8) return DType::kInt8;
+    if (t.code == kDLInt && t.bits == 32) return DType::kInt32;
+    if (t.code == kDLInt && t.bits == 64) return DType::kInt64;
+    if (t.code == kDLUInt && t.bits == 8) return DType::kUInt8;
+    if (t.code == kDLBool && t.bits == 8) return DType::kBool;
+    if (t.code == kDLUInt && t.bits == 16) return DType::kBFloat16;  // bits of bfloat16, as numpy can carry them
+  }
+  throw py::type_error(concat("precal: ", name, " must have dtype bool, uint8, int8, int32, int64, float16, bfloat16, ",
+                              "float32 or float64, got DLPack code ", int(t.code), " with ", int(t.bits), " bits"));
+}
+
+inline Borrowed borrow_dlpack(const char* name, const py::object& object) {
+  // Consumers that know streams pass one; the tensor must be ready on the stream the caller gives to the op.
+  py::object capsule = object.attr("__dlpack__")();
+  PyObject* raw = capsule.ptr();
+  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(raw, "dltensor"));
+  if (managed == nullptr) throw py::error_already_set();
+  PyCapsule_SetName(raw, "used_dltensor");
+  Borrowed b;
+  b.owner = py::capsule(managed, [](void* p) {
+    auto* m = static_cast<DLManagedTensor*>(p);
+    if (m->deleter != nullptr) m->deleter(m);
+  });
+  const DLTensor& t = managed->dl_tensor;
+  if (t.ndim > kMaxDims) throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions, got ", t.ndim));
+  b.view.dtype = dtype_from_dlpack(name, t.dtype);
+  b.view.ndim = t.ndim;
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    b.view.shape[i] = t.shape[i];
+    if (t.strides != nullptr && t.shape[i] != 1 && t.strides[i] != expected) b.view.contiguous = false;
+    expected *= t.shape[i];
+  }
+  if (expected == 0) b.view.contiguous = true;
+  b.view.data = static_cast<char*>(t.data) + t.byte_offset;
+  b.view.present = true;
+  b.device_type = t.device.device_type;
+  b.device_id = t.device.device_id;
+  return b;
+}
+
+inline Borrowed borrow_numpy(const char* name, const py::array& array) {
+  const py::dtype dtype = array.dtype();
+  DLDataType code{kDLFloat, uint8_t(dtype.itemsize() * 8), 1};
+  switch (dtype.kind()) {
+    case 'f': break;
+    case 'i': code.code = kDLInt; break;
+    case 'u': code.code = kDLUInt; break;
+    case 'b': code.code = kDLBool; break;
+    default:
+      if (py::str(dtype).cast<std::string>() == "bfloat16") {  // ml_dtypes
+        code.code = kDLBfloat;
+      } else {
+        code.lanes = 0;  // refused
+      }
+  }
+  Borrowed b;
+  if (array.ndim() > kMaxDims) throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions"));
+  b.view.dtype = dtype_from_dlpack(name, code);
+  b.view.ndim = int(array.ndim());
+  for (int i = 0; i < b.view.ndim; ++i) b.view.shape[i] = array.shape(i);
+  b.view.data = const_cast<void*>(array.data());
+  b.view.contiguous = (array.flags() & py::array::c_style) != 0;
+  b.view.present = true;
+  b.owner = array;
+  return b;
+}
+
+// None gives an absent view.
+inline Borrowed borrow(const char* name, const py::object& object) {
+  if (object.is_none()) return {};
+  if (py::isinstance<py::array>(object)) return borrow_numpy(name, py::reinterpret_borrow<py::array>(object));
+  if (py::hasattr(object, "__dlpack__")) return borrow_dlpack(name, object);
+  throw py::type_error(concat("precal: ", name, " must be a numpy array or a DLPack tensor, got ",
+                              py::str(py::type::of(object)).cast<std::string>()));
+}
+
+inline Borrowed borrow_cpu(const char* name, const py::object& object) {
+  Borrowed b = borrow(name, object);
+  if (b.device_type != kDLCPU && b.device_type != kDLCUDAHost) {
+    throw py::value_error(concat("precal: ", name, " must be on the CPU, got DLPack device type ", b.device_type));
+  }
+  return b;
+}
+
+// numpy has no bfloat16: it comes out as uint16 bits.
+inline py::array new_array(const TensorSpec& spec) {
+  const char* name = spec.dtype == DType::kBFloat16 ? "uint16" : dtype_name(spec.dtype);
+  return py::array(py::dtype(name), std::vector<py::ssize_t>(spec.shape, spec.shape + spec.ndim));
+}
+
+inline void check(const Status& status) {
+  if (status.ok()) return;
+  if (status.code() == StatusCode::kInvalidType) throw py::type_error(status.message());
+  if (status.code() == StatusCode::kInvalidValue) throw py::value_error(status.message());
+  throw std::runtime_error(status.message());
+}
+
+}  // namespace precal::bindings

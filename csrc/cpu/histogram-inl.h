@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Integer histogram of w / divisor. Bin b holds lo + [b, b + 1) * (hi - lo) / num_bins, the last bin also hi; below, above
+// and NaN are counted apart. Integer sums: any split over threads gives the same counts.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/load-inl.h"
+
+namespace precal::cpu::PRECAL_ISA_NAMESPACE {
+
+static void histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_end, int64_t* counts,
+                      int64_t* outside) {
+  const double bins_per_unit = double(args.num_bins) / (args.hi - args.lo);
+  for (int64_t n = row_begin; n < row_end; ++n) {
+    for (int64_t g = 0; g < args.num_groups; ++g) {
+      const int64_t group = n * args.num_groups + g;
+      const int64_t mass = args.weight ? args.weight[group] : 1;
+      if (mass == 0) continue;
+      const float divisor = args.divisor ? args.divisor[group] : 1.0f;
+      const int64_t begin = g * args.group_size;
+      const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
+      for (int64_t k = begin; k < end; ++k) {
+        const double x = double(load_element(args.w, args.dtype, n * args.K + k) / divisor);
+        if (x >= args.lo && x <= args.hi) {
+          const int64_t bin = int64_t((x - args.lo) * bins_per_unit);
+          counts[bin < args.num_bins ? bin : args.num_bins - 1] += mass;
+        } else {
+          outside[x < args.lo ? 0 : x > args.hi ? 1 : 2] += mass;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

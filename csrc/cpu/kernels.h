@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels that exist once per instruction set. Each works on a range of rows, elements or tiles of one op and knows
+// nothing of threads; ops.h checks arguments, cuts the ranges and calls them through the table that select.h chose.
+// Promises: pointers are contiguous, need no alignment, and are never read or written past the stated shapes.
+#pragma once
+
+#include <cstdint>
+
+#include "core/tensor_view.h"
+#include "format/prepacked.h"
+
+namespace precal::cpu {
+
+struct SoftThresholdArgs {
+  const void* w;  // [count] dtype
+  void* out;      // [count] dtype
+  DType dtype;    // float32, float16 or bfloat16
+  double lam;
+};
+
+// One digit of the radix selection of |w|: the upper 15 bits of |w| as float32, or its lower 16 bits where the upper
+// ones equal `prefix`.
+struct MagnitudeDigitArgs {
+  const void* w;
+  DType dtype;
+  bool low_digit;
+  uint32_t prefix;
+};
+
+struct HistogramArgs {
+  const void* w;          // [N, K] dtype
+  DType dtype;
+  int64_t K, group_size, num_groups;
+  const float* divisor;   // [N, G] or nullptr: 1
+  const int64_t* weight;  // [N, G] or nullptr: 1
+  int64_t num_bins;
+  double lo, hi;
+};
+
+struct QuantizeArgs {
+  const void* w;  // [N, K] dtype
+  DType dtype;
+  format::WeightFormat format;
+  const float* levels;  // [2^bits], non-decreasing
+  bool symmetric;       // min-max on |w|: the top level meets the largest magnitude, scales are positive
+  double lam;           // outliers have w^2 > lam
+  float search_lo, search_hi;
+  uint8_t* codes;          // [N, K]
+  void* scale;             // [N, G]
+  uint16_t* row_scale;     // [N] bfloat16
+  uint8_t* outlier_index;  // [N, B, c]
+  uint16_t* outlier_value; // [N, B, c] float16
+  const uint8_t* salient;  // split: [N, K] bool
+  void* outlier_scale;     // split: [N, G]
+  uint8_t* mask;           // split: [N, ceil(K/8)]
+};
+
+// Floats that a group takes in scratch: whole vectors, and no more than a row when group_size exceeds K.
+PRECAL_INLINE int64_t padded_group(const format::WeightFormat& f) {
+  return round_up(f.group_size < f.K ? f.group_size : f.K, 16);
+}
+
+// Scratch floats that one call of quantize_rows needs, whatever its range.
+inline int64_t quantize_scratch_floats(const QuantizeArgs& args) {
+  const int64_t padded = format::num_groups(args.format) * padded_group(args.format);
+  return args.format.K + 2 * padded + 3 * format::num_groups(args.format) + 64;
+}
+
+struct PackArgs {
+  const uint8_t* codes;  // [N, K]
+  uint32_t* packed;      // [N, words]
+  int64_t K;
+  int bits;
+};
+
+struct UnpackArgs {
+  const uint32_t* packed;
+  uint8_t* codes;
+  int64_t K;
+  int bits;
+};
+
+struct DequantizeArgs {
+  format::WeightFormat format;
+  const uint32_t* packed;
+  const void* scale;
+  const uint16_t* row_scale;
+  const float* levels;  // [2^bits]
+  const uint8_t* outlier_index;
+  const uint16_t* outlier_value;
+  const void* outlier_scale;
+  const uint8_t* mask;
+  float* out;  // [N, K]
+};
+
+struct LinearArgs {
+  format::WeightFormat format;
+  format::TileLayout layout;
+  const uint8_t* prepacked;  // prepacked.h
+  const float* levels;       // [256]; for bits <= 4 the levels repeat every 2^bits, so that an index needs no masking
+  const float* x;            // [M, K]
+  int64_t M;                 // at most kLinearMaxRows
+  const float* bias;         // [N] or nullptr
+  void* y;                   // [M, N] y_dtype, rows y_stride elements apart
+  DType y_dtype;
+  int64_t y_stride;
+};
+
+constexpr int64_t kLinearMaxRows = 64;   // rows of x per pass over the weight: its float32 copy then fits in L2
+constexpr int64_t kLinearRowBlock = 4;   // rows that share one load of dequantized weights
+constexpr int64_t kLinearChains = 4;     // partial sums per output: 4 rows x 4 chains hide the latency of an FMA
+
+inline int64_t linear_scratch_floats() {
+  return format::kBlock * format::kTileRows + kLinearMaxRows * kLinearChains * format::kTileRows;
+}
+
+struct KernelTable {
+  const char* name;
+  void (*soft_threshold)(const SoftThresholdArgs&, int64_t begin, int64_t end);
+  void (*magnitude_digit)(const MagnitudeDigitArgs&, int64_t begin, int64_t end, int64_t* counts);
+  void (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside);
+  // Returns the flat index of the first element that is not finite, or -1.
+  int64_t (*quantize_rows)(const QuantizeArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+  // Returns false when a code does not fit in `bits`.
+  bool (*pack_rows)(const PackArgs&, int64_t row_begin, int64_t row_end);
+  void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
+  void (*dequantize_rows)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
+  void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
+};
+
+extern const KernelTable k_scalar_kernels;
+#if defined(PRECAL_X86)
+extern const KernelTable k_avx2_kernels;    // AVX2, FMA
+extern const KernelTable k_avx512_kernels;  // AVX-512 F/BW/DQ/VL, VBMI, VNNI, BF16
+#endif
+
+}  // namespace precal::cpu

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op, free of any framework: a struct of inputs with
+//   plan()  checks all of them and tells shape and dtype of each output, before anything is allocated;
+//   run()   computes into outputs of that shape, on the threads of core/parallel.h.
+// Both bindings (torch, pybind11) are thin loops over these. The contracts are written once, in precal_ext/ops.py.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/tensor_view.h"
+#include "format/prepacked.h"
+
+namespace precal::cpu {
+
+struct SoftThreshold {
+  static constexpr int kOutputs = 1;
+  TensorView w;
+  double lam;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+enum class Scope { kTensor, kRow, kGroup };
+enum class Normalize { kNone, kRow, kGroup };
+
+struct SalienceThreshold {
+  static constexpr int kOutputs = 1;
+  TensorView w;
+  double alpha;
+  std::string scope;
+  int64_t group_size;
+  std::string normalize;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct SalienceMask {
+  static constexpr int kOutputs = 1;
+  TensorView w, lam;
+  std::string scope;
+  int64_t group_size;
+  std::string normalize;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct Histogram {
+  static constexpr int kOutputs = 2;  // counts [num_bins], outside [3] = below, above, NaN
+  TensorView w;
+  int64_t num_bins;
+  double lo, hi;
+  TensorView divisor, weight;  // optional [N, G]
+  int64_t group_size;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct SpreadCodes {
+  static constexpr int kOutputs = 1;
+  TensorView counts;
+  double lo, hi;
+  TensorView grid;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct KlDivergence {
+  static constexpr int kOutputs = 1;
+  TensorView p, q;
+  double smoothing;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct FitGrid {
+  static constexpr int kOutputs = 1;
+  TensorView counts;
+  double lo, hi;
+  TensorView grid;
+  double mu;
+  int64_t rounds;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct QuantizeGroups {
+  static constexpr int kOutputs = 5;  // codes, scale, row_scale, outlier_index, outlier_value
+  TensorView w, grid;                 // grid optional
+  int64_t bits, group_size, c;
+  double lam;
+  std::string scale_dtype;  // "e4m3" or "float16"
+  bool symmetric;
+  double search_lo, search_hi;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct QuantizeSplit {
+  static constexpr int kOutputs = 5;  // codes, scale, row_scale, outlier_scale, mask
+  TensorView w, salient;
+  int64_t bits, group_size;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct Pack {
+  static constexpr int kOutputs = 1;
+  TensorView codes;
+  int64_t bits;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct Unpack {
+  static constexpr int kOutputs = 1;
+  TensorView packed;
+  int64_t bits, K;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+// The canonical tensors of one weight, as dequantize and prepack take them.
+struct WeightTensors {
+  TensorView packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale, mask;
+  int64_t K, bits, group_size;
+  // Checks every tensor against the integers and fills `f`.
+  Status check(const char* op, format::WeightFormat* f) const;
+};
+
+struct Dequantize {
+  static constexpr int kOutputs = 1;
+  WeightTensors weight;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct Prepack {
+  static constexpr int kOutputs = 1;
+  WeightTensors weight;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+// The integers of a prepacked weight, checked against its header.
+struct PrepackedWeight {
+  TensorView data;
+  int64_t N, K, bits, group_size, c;
+  bool uniform, split;
+  std::string scale_dtype;
+  Status check(const char* op, format::WeightFormat* f) const;
+};
+
+struct Unprepack {
+  static constexpr int kOutputs = 8;  // packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale,
+                                      // mask; what the weight lacks has no elements
+  PrepackedWeight weight;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+struct Linear {
+  static constexpr int kOutputs = 1;
+  TensorView x;
+  PrepackedWeight weight;
+  TensorView bias;  // optional
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
+}  // namespace precal::cpu

@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0
+// histogram, spread_codes, kl_divergence, fit_grid: everything that is decided on a histogram of the weights.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "core/parallel.h"
+#include "cpu/ops.h"
+#include "cpu/select.h"
+
+namespace precal::cpu {
+
+namespace {
+
+constexpr int64_t kMaxBins = 1 << 24;
+
+Status check_range(const char* op, double lo, double hi) {
+  if (!std::isfinite(lo) || !std::isfinite(hi) || !(lo < hi) || !std::isfinite(hi - lo)) {
+    return invalid_value(op, ": lo and hi must be finite with lo < hi, got [", lo, ", ", hi, "]");
+  }
+  return {};
+}
+
+// Natural logarithm from +, *, / only: fit_grid's choices must not depend on the machine's libm.
+// x = m * 2^e with m in [sqrt(1/2), sqrt(2));  log m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172: s^23 < 1e-17.
+double portable_log(double x) {
+  int exponent = 0;
+  double m = std::frexp(x, &exponent);
+  if (m < 0.70710678118654752) {
+    m *= 2.0;
+    --exponent;
+  }
+  const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
+  double sum = 0.0;
+  for (int odd = 21; odd >= 1; odd -= 2) sum = sum * s2 + 1.0 / double(odd);
+  return double(exponent) * 0.69314718055994531 + 2.0 * s * sum;
+}
+
+// A histogram with the prefix sums that make any cell's cost O(1).
+struct Sums {
+  int64_t bins, first, last;  // [first, last): hull of the occupied bins
+  double lo, width;
+  std::vector<double> mass, moment, square, information;  // of bins before b; information = sum p log p
+
+  Sums(const int64_t* counts, int64_t num_bins, double low, double high)
+      : bins(num_bins), first(num_bins), last(0), lo(low), width((high - low) / double(num_bins)) {
+    const size_t n = size_t(num_bins) + 1;
+    for (auto* v : {&mass, &moment, &square, &information}) v->assign(n, 0.0);
+    double total = 0.0;
+    for (int64_t b = 0; b < bins; ++b) total += double(counts[b]);
+    for (int64_t b = 0; b < bins; ++b) {
+      const double p = total > 0.0 ? double(counts[b]) / total : 0.0;
+      const double x = lo + (double(b) + 0.5) * width;
+      mass[size_t(b) + 1] = mass[size_t(b)] + p;
+      moment[size_t(b) + 1] = moment[size_t(b)] + p * x;
+      square[size_t(b) + 1] = square[size_t(b)] + p * x * x;
+      information[size_t(b) + 1] = information[size_t(b)] + (p > 0.0 ? p * portable_log(p) : 0.0);
+      if (counts[b] > 0) {
+        first = std::min(first, b);
+        last = b + 1;
+      }
+    }
+    if (last == 0) first = 0;
+  }
+
+  // First bin whose centre lies above x: the first bin of the upper cell when x is a midpoint.
+  int64_t bin_above(double x) const {
+    const double b = std::floor((x - lo) / width - 0.5) + 1.0;
+    return b < 0.0 ? 0 : b > double(bins) ? bins : int64_t(b);
+  }
+
+  // Bins [begin, end) of every code's decision cell, cut to the hull.
+  std::vector<int64_t> cells(const std::vector<int>& levels) const {
+    std::vector<int64_t> edges{first};
+    for (size_t i = 0; i + 1 < levels.size(); ++i) {
+      const int64_t edge = bin_above(0.5 * double(levels[i] + levels[i + 1]));
+      edges.push_back(std::clamp(edge, first, last));
+    }
+    edges.push_back(last);
+    return edges;
+  }
+
+  // Relative squared error + mu * KL(P || Q), Q as spread_codes makes it.
+  double objective(const std::vector<int>& levels, double mu) const {
+    const std::vector<int64_t> edges = cells(levels);
+    double error = 0.0, kl = 0.0;
+    for (size_t i = 0; i < levels.size(); ++i) {
+      const size_t a = size_t(edges[i]), b = size_t(edges[i + 1]);
+      const double p = mass[b] - mass[a], level = double(levels[i]);
+      error += (square[b] - square[a]) - 2.0 * level * (moment[b] - moment[a]) + level * level * p;
+      if (mu > 0.0 && p > 0.0) {
+        kl += (information[b] - information[a]) - p * portable_log(p / double(edges[i + 1] - edges[i]));
+      }
+    }
+    const double power = square[size_t(bins)];
+    return (power > 0.0 ? error / power : error) + mu * kl;
+  }
+};
+
+Status check_counts(const char* op, const char* name, const TensorView& counts) {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, name, counts, {DType::kInt64}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, name, counts));
+  if (counts.ndim != 1 || counts.shape[0] < 1 || counts.shape[0] > kMaxBins) {
+    return invalid_value(op, ": ", name, " must be [bins] with 1 <= bins <= 2^24, got ", shape_text(counts));
+  }
+  return {};
+}
+
+// Levels of a grid [2^bits] or [1, 2^bits], checked.
+Status read_grid(const char* op, const TensorView& grid, std::vector<int>* levels) {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
+  const int64_t n = grid.numel();
+  if (grid.ndim < 1 || n < 2 || n > 256) {
+    return invalid_value(op, ": grid must hold 2 to 256 levels, got ", shape_text(grid));
+  }
+  levels->resize(size_t(n));
+  for (int64_t i = 0; i < n; ++i) {
+    (*levels)[size_t(i)] = grid.as<int8_t>()[i];
+    if ((*levels)[size_t(i)] < -format::kMaxLevel) return invalid_value(op, ": grid must lie in [-127, 127], got -128");
+    if (i > 0 && (*levels)[size_t(i)] < (*levels)[size_t(i) - 1]) {
+      return invalid_value(op, ": grid must be non-decreasing, got ", (*levels)[size_t(i) - 1], " before ",
+                           (*levels)[size_t(i)]);
+    }
+  }
+  return {};
+}
+
+int round_level(double x) {
+  return int(std::clamp(std::floor(x + 0.5), -double(format::kMaxLevel), double(format::kMaxLevel)));
+}
+
+// One weighted Lloyd-Max step on the histogram, then the largest level is stretched to 127 to use all of int8.
+std::vector<int> lloyd_step(const Sums& sums, const std::vector<int>& levels) {
+  const std::vector<int64_t> edges = sums.cells(levels);
+  std::vector<double> centroid(levels.size());
+  double peak = 0.0;
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const size_t a = size_t(edges[i]), b = size_t(edges[i + 1]);
+    const double p = sums.mass[b] - sums.mass[a];
+    centroid[i] = p > 0.0 ? (sums.moment[b] - sums.moment[a]) / p : double(levels[i]);
+    peak = std::max(peak, std::fabs(centroid[i]));
+  }
+  std::sort(centroid.begin(), centroid.end());
+  std::vector<int> next(levels.size());
+  for (size_t i = 0; i < levels.size(); ++i) {
+    next[i] = round_level(peak > 0.0 ? centroid[i] / peak * double(format::kMaxLevel) : 0.0);
+  }
+  return next;
+}
+
+// Coordinate descent over the integers: move one level by one while the objective falls. The largest level stays, since
+// scales are measured by it. At most kSweeps passes; each accepted move lowers the objective, so it ends.
+void descend(const Sums& sums, double mu, std::vector<int>* levels) {
+  constexpr int kSweeps = 32;
+  const size_t peak = std::abs(levels->front()) > std::abs(levels->back()) ? 0 : levels->size() - 1;
+  double best = sums.objective(*levels, mu);
+  for (int sweep = 0; sweep < kSweeps; ++sweep) {
+    bool moved = false;
+    for (size_t i = 0; i < levels->size(); ++i) {
+      if (i == peak) continue;
+      for (int step : {-1, 1}) {
+        const int old = (*levels)[i], low = i > 0 ? (*levels)[i - 1] : -format::kMaxLevel;
+        const int high = i + 1 < levels->size() ? (*levels)[i + 1] : format::kMaxLevel;
+        if (old + step < low || old + step > high) continue;
+        (*levels)[i] = old + step;
+        const double cost = sums.objective(*levels, mu);
+        if (cost < best) {
+          best = cost;
+          moved = true;
+        } else {
+          (*levels)[i] = old;
+        }
+      }
+    }
+    if (!moved) return;
+  }
+}
+
+Status check_mass(const char* name, const TensorView& t) {
+  constexpr const char* op = "kl_divergence";
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, name, t, {DType::kInt64, DType::kFloat64}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, name, t));
+  if (t.ndim != 1 || t.shape[0] < 1) return invalid_value(op, ": ", name, " must be [bins], got ", shape_text(t));
+  return {};
+}
+
+Status read_mass(const char* name, const TensorView& t, std::vector<double>* out) {
+  out->resize(size_t(t.shape[0]));
+  for (int64_t i = 0; i < t.shape[0]; ++i) {
+    const double m = t.dtype == DType::kInt64 ? double(t.as<int64_t>()[i]) : t.as<double>()[i];
+    if (!(m >= 0.0) || std::isinf(m)) {
+      return invalid_value("kl_divergence: ", name, " must be finite and >= 0, got ", m, " at [", i, "]");
+    }
+    (*out)[size_t(i)] = m;
+  }
+  return {};
+}
+
+}  // namespace
+
+Status Histogram::plan(TensorSpec* out) const {
+  constexpr const char* op = "histogram";
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_weight(op, w));
+  if (num_bins < 1 || num_bins > kMaxBins) {
+    return invalid_value(op, ": num_bins must lie in [1, 2^24], got ", num_bins);
+  }
+  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  if (group_size < 1) return invalid_value(op, ": group_size must be at least 1, got ", group_size);
+  const int64_t groups = ceil_div(w.shape[1], group_size);
+  if (divisor.present) {
+    PRECAL_RETURN_IF_ERROR(check_tensor(op, "divisor", divisor, {DType::kFloat32, {w.shape[0], groups}},
+                                        "(N, ceil(K/group_size))"));
+  }
+  if (weight.present) {
+    PRECAL_RETURN_IF_ERROR(
+        check_tensor(op, "weight", weight, {DType::kInt64, {w.shape[0], groups}}, "(N, ceil(K/group_size))"));
+  }
+  out[0] = {DType::kInt64, {num_bins}};
+  out[1] = {DType::kInt64, {3}};
+  return {};
+}
+
+Status Histogram::run(const TensorView* out) const {
+  HistogramArgs args{w.data, w.dtype, w.shape[1], group_size, ceil_div(w.shape[1], group_size),
+                     divisor.as<float>(), weight.as<int64_t>(), num_bins, lo, hi};
+  int64_t* counts = out[0].as<int64_t>();
+  int64_t* outside = out[1].as<int64_t>();
+  std::fill(counts, counts + num_bins, 0);
+  std::fill(outside, outside + 3, 0);
+  const int64_t grain = std::max<int64_t>(1, std::max<int64_t>(1 << 16, num_bins) / std::max<int64_t>(w.shape[1], 1));
+  std::mutex lock;
+  parallel_for(0, w.shape[0], grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> local(size_t(num_bins) + 3, 0);
+    kernels().histogram(args, begin, end, local.data(), local.data() + num_bins);
+    std::lock_guard<std::mutex> guard(lock);
+    for (int64_t i = 0; i < num_bins; ++i) counts[i] += local[size_t(i)];
+    for (int64_t i = 0; i < 3; ++i) outside[i] += local[size_t(num_bins + i)];
+  });
+  return {};
+}
+
+Status SpreadCodes::plan(TensorSpec* out) const {
+  constexpr const char* op = "spread_codes";
+  PRECAL_RETURN_IF_ERROR(check_counts(op, "counts", counts));
+  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
+  out[0] = {DType::kFloat64, {counts.shape[0]}};
+  return {};
+}
+
+Status SpreadCodes::run(const TensorView* out) const {
+  std::vector<int> levels;
+  PRECAL_RETURN_IF_ERROR(read_grid("spread_codes", grid, &levels));
+  const int64_t* mass = counts.as<int64_t>();
+  const Sums sums(mass, counts.shape[0], lo, hi);
+  const std::vector<int64_t> edges = sums.cells(levels);
+  double* density = out[0].as<double>();
+  std::fill(density, density + counts.shape[0], 0.0);
+  for (size_t i = 0; i < levels.size(); ++i) {
+    int64_t total = 0;
+    for (int64_t b = edges[i]; b < edges[i + 1]; ++b) total += mass[b];
+    for (int64_t b = edges[i]; b < edges[i + 1]; ++b) density[b] = double(total) / double(edges[i + 1] - edges[i]);
+  }
+  return {};
+}
+
+Status KlDivergence::plan(TensorSpec* out) const {
+  PRECAL_RETURN_IF_ERROR(check_mass("p", p));
+  PRECAL_RETURN_IF_ERROR(check_mass("q", q));
+  PRECAL_RETURN_IF_ERROR(check_shape("kl_divergence", "q", q, p, "(the bins of p)"));
+  if (!(smoothing >= 0.0) || std::isinf(smoothing)) {
+    return invalid_value("kl_divergence: smoothing must be finite and >= 0, got ", smoothing);
+  }
+  out[0] = TensorSpec(DType::kFloat64, {});
+  return {};
+}
+
+// sum_b [ P log(P / Q) - P + Q ] over the normalized histograms: the last two terms add up to zero, and with them every
+// term is >= 0, so rounding cannot make the sum negative.
+Status KlDivergence::run(const TensorView* out) const {
+  std::vector<double> pm, qm;
+  PRECAL_RETURN_IF_ERROR(read_mass("p", p, &pm));
+  PRECAL_RETURN_IF_ERROR(read_mass("q", q, &qm));
+  double p_total = 0.0, q_total = 0.0;
+  for (size_t b = 0; b < pm.size(); ++b) {
+    pm[b] += smoothing;
+    qm[b] += smoothing;
+    p_total += pm[b];
+    q_total += qm[b];
+  }
+  double kl = 0.0;
+  if (p_total > 0.0 && q_total > 0.0) {
+    for (size_t b = 0; b < pm.size(); ++b) {
+      const double pb = pm[b] / p_total, qb = qm[b] / q_total;
+      if (pb == 0.0) {
+        kl += qb;
+      } else if (qb == 0.0) {
+        kl = std::numeric_limits<double>::infinity();
+      } else {
+        const double d = (pb - qb) / qb;  // (1 + d) log(1 + d) - d >= 0
+        kl += std::max(0.0, qb * ((1.0 + d) * std::log1p(d) - d));
+      }
+    }
+  } else if (p_total > 0.0 || q_total > 0.0) {
+    kl = std::numeric_limits<double>::infinity();
+  }
+  out[0].as<double>()[0] = kl;
+  return {};
+}
+
+Status FitGrid::plan(TensorSpec* out) const {
+  constexpr const char* op = "fit_grid";
+  PRECAL_RETURN_IF_ERROR(check_counts(op, "counts", counts));
+  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
+  if (!(mu >= 0.0) || std::isinf(mu)) return invalid_value(op, ": mu must be finite and >= 0, got ", mu);
+  if (rounds < 0 || rounds > 1000) return invalid_value(op, ": rounds must lie in [0, 1000], got ", rounds);
+  out[0] = grid;
+  return {};
+}
+
+Status FitGrid::run(const TensorView* out) const {
+  std::vector<int> levels;
+  PRECAL_RETURN_IF_ERROR(read_grid("fit_grid", grid, &levels));
+  const int64_t* mass = counts.as<int64_t>();
+  for (int64_t b = 0; b < counts.shape[0]; ++b) {
+    if (mass[b] < 0) return invalid_value("fit_grid: counts must be >= 0, got ", mass[b], " at [", b, "]");
+  }
+  const Sums sums(mass, counts.shape[0], lo, hi);
+  if (sums.last > sums.first) {
+    for (int64_t round = 0; round < rounds; ++round) levels = lloyd_step(sums, levels);
+    if (rounds > 0) descend(sums, mu, &levels);
+  }
+  for (size_t i = 0; i < levels.size(); ++i) out[0].as<int8_t>()[i] = int8_t(levels[i]);
+  return {};
+}
+
+}  // namespace precal::cpu

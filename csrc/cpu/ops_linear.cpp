@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// prepack, unprepack, linear.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/parallel.h"
+#include "cpu/ops.h"
+#include "cpu/select.h"
+
+namespace precal::cpu {
+
+namespace {
+
+using format::kTileRows;
+using format::PrepackedHeader;
+using format::ScaleType;
+using format::TileLayout;
+using format::WeightFormat;
+
+PrepackedHeader make_header(const WeightFormat& f) {
+  PrepackedHeader h{};
+  h.magic = format::kPrepackedMagic;
+  h.format_version = format::kFormatVersion;
+  h.bits = uint8_t(f.bits);
+  h.flags = format::prepacked_flags(f);
+  h.N = f.N;
+  h.K = f.K;
+  h.group_size = f.group_size;
+  h.c = f.c;
+  h.total_bytes = format::tile_layout(f).total_bytes;
+  return h;
+}
+
+// Row-major [N][count] elements of `bytes` <-> [count][16] of one tile. Rows past N are zero in the tile.
+void rows_to_lanes(const uint8_t* rows, uint8_t* lanes, int64_t first_row, int64_t N, int64_t count, int64_t bytes) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    if (first_row + r >= N) continue;
+    const uint8_t* from = rows + (first_row + r) * count * bytes;
+    for (int64_t i = 0; i < count; ++i) std::memcpy(lanes + (i * kTileRows + r) * bytes, from + i * bytes, size_t(bytes));
+  }
+}
+
+void lanes_to_rows(const uint8_t* lanes, uint8_t* rows, int64_t first_row, int64_t N, int64_t count, int64_t bytes) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    if (first_row + r >= N) continue;
+    uint8_t* to = rows + (first_row + r) * count * bytes;
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * bytes, lanes + (i * kTileRows + r) * bytes, size_t(bytes));
+  }
+}
+
+// One section of a tile and the canonical tensor it comes from.
+struct Section {
+  void* rows;
+  int64_t offset, count, bytes;
+};
+
+std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* packed, void* scale, void* row_scale,
+                              void* outlier_index, void* outlier_value, void* outlier_scale, void* mask) {
+  const int64_t groups = format::num_groups(f), entries = format::num_blocks(f) * f.c;
+  const int64_t scale_bytes = format::scale_bytes(f.scale_type);
+  std::vector<Section> list{{row_scale, 0, 1, 2},
+                            {packed, t.words, format::num_words(f), 4},
+                            {scale, t.scale, groups, scale_bytes}};
+  if (f.c > 0) {
+    list.push_back({outlier_value, t.outlier_value, entries, 2});
+    list.push_back({outlier_index, t.outlier_index, entries, 1});
+  }
+  if (f.split) {
+    list.push_back({outlier_scale, t.outlier_scale, groups, scale_bytes});
+    list.push_back({mask, t.mask, format::mask_bytes_per_row(f), 1});
+  }
+  return list;
+}
+
+void copy_to_float(const TensorView& t, int64_t begin, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = t.dtype == DType::kFloat32    ? t.as<float>()[begin + i]
+             : t.dtype == DType::kBFloat16 ? bf16_to_float(t.as<uint16_t>()[begin + i])
+                                           : half_to_float(t.as<uint16_t>()[begin + i]);
+  }
+}
+
+Status check_float(const char* op, const char* name, const TensorView& t) {
+  return check_dtype(op, name, t, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+}
+
+}  // namespace
+
+Status Prepack::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("prepack", &f));
+  out[0] = {DType::kUInt8, {format::tile_layout(f).total_bytes}};
+  return {};
+}
+
+Status Prepack::run(const TensorView* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("prepack", &f));
+  const TileLayout t = format::tile_layout(f);
+  const PrepackedHeader header = make_header(f);
+  uint8_t* data = out[0].as<uint8_t>();
+  std::memset(data, 0, size_t(format::kPrepackedTilesOffset));
+  std::memcpy(data, &header, sizeof(header));
+  if (!f.uniform) std::memcpy(data + format::kPrepackedGridOffset, weight.grid.data, size_t(1) << f.bits);
+  const std::vector<Section> list =
+      sections(f, t, weight.packed.data, weight.scale.data, weight.row_scale.data, weight.outlier_index.data,
+               weight.outlier_value.data, weight.outlier_scale.data, weight.mask.data);
+  parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      uint8_t* tile = data + format::kPrepackedTilesOffset + i * t.tile_bytes;
+      std::memset(tile, 0, size_t(t.tile_bytes));
+      for (const Section& s : list) {
+        rows_to_lanes(static_cast<const uint8_t*>(s.rows), tile + s.offset, i * kTileRows, f.N, s.count, s.bytes);
+      }
+    }
+  });
+  return {};
+}
+
+Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "prepacked", data, {DType::kUInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "prepacked", data));
+  constexpr int64_t kLimit = int64_t(1) << 30;
+  if (N < 0 || N > kLimit || K < 0 || K > kLimit) {
+    return invalid_value(op, ": N and K must lie in [0, 2^30], got ", N, " and ", K);
+  }
+  if (bits < format::kMinBits || bits > format::kMaxBits) {
+    return invalid_value(op, ": bits must lie in [2, 8], got ", bits);
+  }
+  if (group_size < 1 || group_size > (int64_t(1) << 30)) {
+    return invalid_value(op, ": group_size must lie in [1, 2^30], got ", group_size);
+  }
+  if (c < 0 || c > format::kMaxCapacity) {
+    return invalid_value(op, ": c must lie in [0, ", format::kMaxCapacity, "], got ", c);
+  }
+  if (scale_dtype != "e4m3" && scale_dtype != "float16") {
+    return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", scale_dtype);
+  }
+  f->N = N;
+  f->K = K;
+  f->bits = int(bits);
+  f->group_size = group_size;
+  f->c = int(c);
+  f->uniform = uniform;
+  f->split = split;
+  f->scale_type = scale_dtype == "e4m3" ? ScaleType::kE4m3 : ScaleType::kFloat16;
+  const PrepackedHeader want = make_header(*f);
+  if (data.ndim != 1 || data.shape[0] != want.total_bytes) {
+    return invalid_value(op, ": prepacked must be [", want.total_bytes, "] bytes for N=", N, ", K=", K, ", bits=", bits,
+                         ", group_size=", group_size, ", c=", c, ", got ", shape_text(data));
+  }
+  if (data.data == nullptr || std::memcmp(data.data, &want, sizeof(want)) != 0) {
+    return invalid_value(op, ": prepacked must come from prepack() with the same N, K, bits, group_size and c; its "
+                             "header says otherwise");
+  }
+  return {};
+}
+
+Status Unprepack::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
+  const int64_t groups = format::num_groups(f), blocks = format::num_blocks(f);
+  const DType scale = f.scale_type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16;
+  out[0] = {DType::kInt32, {f.N, format::num_words(f)}};
+  out[1] = {scale, {f.N, groups}};
+  out[2] = {DType::kBFloat16, {f.N}};
+  out[3] = {DType::kInt8, {f.uniform ? 0 : 1, int64_t(1) << f.bits}};
+  out[4] = {DType::kUInt8, {f.N, blocks, f.c}};
+  out[5] = {DType::kFloat16, {f.N, blocks, f.c}};
+  out[6] = {scale, {f.split ? f.N : 0, groups}};
+  out[7] = {DType::kUInt8, {f.split ? f.N : 0, format::mask_bytes_per_row(f)}};
+  return {};
+}
+
+Status Unprepack::run(const TensorView* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
+  const TileLayout t = format::tile_layout(f);
+  const uint8_t* data = weight.data.as<uint8_t>();
+  if (!f.uniform) std::memcpy(out[3].data, data + format::kPrepackedGridOffset, size_t(1) << f.bits);
+  const std::vector<Section> list = sections(f, t, out[0].data, out[1].data, out[2].data, out[4].data, out[5].data,
+                                             out[6].data, out[7].data);
+  parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const uint8_t* tile = data + format::kPrepackedTilesOffset + i * t.tile_bytes;
+      for (const Section& s : list) {
+        lanes_to_rows(tile + s.offset, static_cast<uint8_t*>(s.rows), i * kTileRows, f.N, s.count, s.bytes);
+      }
+    }
+  });
+  return {};
+}
+
+Status Linear::plan(TensorSpec* out) const {
+  constexpr const char* op = "linear";
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(check_float(op, "x", x));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "x", x));
+  PRECAL_RETURN_IF_ERROR(weight.check(op, &f));
+  if (x.ndim < 1 || x.shape[x.ndim - 1] != f.K) {
+    return invalid_value(op, ": x must be [..., K] with K = ", f.K, ", got ", shape_text(x));
+  }
+  if (bias.present) {
+    PRECAL_RETURN_IF_ERROR(check_float(op, "bias", bias));
+    PRECAL_RETURN_IF_ERROR(check_contiguous(op, "bias", bias));
+    PRECAL_RETURN_IF_ERROR(check_shape(op, "bias", bias, {bias.dtype, {f.N}}, "(N)"));
+  }
+  out[0] = x;
+  out[0].shape[x.ndim - 1] = f.N;
+  return {};
+}
+
+Status Linear::run(const TensorView* out) const {
+  LinearArgs args{};
+  PRECAL_RETURN_IF_ERROR(weight.check("linear", &args.format));
+  const WeightFormat& f = args.format;
+  int64_t M = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) M *= x.shape[i];
+  if (M == 0 || f.N == 0) return {};
+
+  const uint8_t* data = weight.data.as<uint8_t>();
+  float levels[256];
+  const int count = 1 << f.bits;
+  const int8_t* grid = reinterpret_cast<const int8_t*>(data + format::kPrepackedGridOffset);
+  for (int u = 0; u < 256; ++u) levels[u] = f.uniform ? float(u % count - count / 2) : float(grid[u % count]);
+  std::vector<float> bias_copy;
+  if (bias.present) {
+    bias_copy.resize(size_t(f.N));
+    copy_to_float(bias, 0, f.N, bias_copy.data());
+  }
+  args.layout = format::tile_layout(f);
+  args.prepacked = data;
+  args.levels = levels;
+  args.bias = bias.present ? bias_copy.data() : nullptr;
+  args.y_dtype = out[0].dtype;
+  args.y_stride = f.N;
+
+  std::vector<float> x_copy;
+  for (int64_t m = 0; m < M; m += kLinearMaxRows) {
+    args.M = std::min(kLinearMaxRows, M - m);
+    if (x.dtype == DType::kFloat32) {
+      args.x = x.as<float>() + m * f.K;
+    } else {
+      x_copy.resize(size_t(args.M * f.K));
+      copy_to_float(x, m * f.K, args.M * f.K, x_copy.data());
+      args.x = x_copy.data();
+    }
+    args.y = out[0].as<uint8_t>() + m * f.N * dtype_bytes(out[0].dtype);
+    // A piece is worth a thread from about 32 thousand multiply-adds on.
+    const int64_t tile_work = std::max<int64_t>(1, kTileRows * f.K * (args.M + 4));
+    parallel_for(0, args.layout.num_tiles, std::max<int64_t>(1, (1 << 15) / tile_work), [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(static_cast<size_t>(linear_scratch_floats()));
+      kernels().linear_tiles(args, begin, end, scratch.data());
+    });
+  }
+  return {};
+}
+
+}  // namespace precal::cpu

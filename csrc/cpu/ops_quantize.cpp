@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+// quantize_groups, quantize_split, pack, unpack, dequantize.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <mutex>
+#include <vector>
+
+#include "core/parallel.h"
+#include "cpu/ops.h"
+#include "cpu/select.h"
+
+namespace precal::cpu {
+
+namespace {
+
+using format::ScaleType;
+using format::WeightFormat;
+
+constexpr int64_t kMaxGroup = int64_t(1) << 30;
+constexpr int64_t kWeightsPerPiece = 1 << 14;
+
+int64_t row_grain(int64_t K) { return std::max<int64_t>(1, kWeightsPerPiece / std::max<int64_t>(K, 1)); }
+
+Status check_bits(const char* op, int64_t bits) {
+  if (bits < format::kMinBits || bits > format::kMaxBits) {
+    return invalid_value(op, ": bits must lie in [2, 8], got ", bits);
+  }
+  return {};
+}
+
+Status check_group(const char* op, int64_t group_size) {
+  if (group_size < 1 || group_size > kMaxGroup) {
+    return invalid_value(op, ": group_size must lie in [1, 2^30], got ", group_size);
+  }
+  return {};
+}
+
+Status check_columns(const char* op, int64_t K) {
+  if (K < 0 || K > (int64_t(1) << 30)) return invalid_value(op, ": K must lie in [0, 2^30], got ", K);
+  return {};
+}
+
+Status parse_scale_type(const char* op, const std::string& text, ScaleType* type) {
+  if (text == "e4m3") *type = ScaleType::kE4m3;
+  else if (text == "float16") *type = ScaleType::kFloat16;
+  else return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", text);
+  return {};
+}
+
+DType scale_dtype_of(ScaleType type) { return type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16; }
+
+// Levels as floats, from a grid or uniform; repeated up to 256 entries so that indices of 4 bits need no masking.
+Status make_levels(const char* op, const TensorView& grid, int bits, float* levels) {
+  const int count = 1 << bits;
+  if (!grid.present) {
+    for (int u = 0; u < count; ++u) levels[u] = float(u - count / 2);
+  } else {
+    for (int u = 0; u < count; ++u) {
+      const int level = grid.as<int8_t>()[u];
+      if (level < -format::kMaxLevel) return invalid_value(op, ": grid must lie in [-127, 127], got -128");
+      levels[u] = float(level);
+      if (u > 0 && levels[u] < levels[u - 1]) {
+        return invalid_value(op, ": grid must be non-decreasing, got ", levels[u - 1], " before ", levels[u]);
+      }
+    }
+    if (levels[0] == 0.0f && levels[count - 1] == 0.0f) return invalid_value(op, ": grid must not be all zero");
+  }
+  for (int u = count; u < 256; ++u) levels[u] = levels[u - count];
+  return {};
+}
+
+Status check_grid_shape(const char* op, const TensorView& grid, int64_t bits) {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
+  if (grid.ndim < 1 || grid.ndim > 2 || grid.shape[grid.ndim - 1] != (int64_t(1) << bits) ||
+      grid.numel() != (int64_t(1) << bits)) {
+    return invalid_value(op, ": grid must be [1, ", int64_t(1) << bits, "] (1, 2^bits), got ", shape_text(grid));
+  }
+  return {};
+}
+
+Status nonfinite(const char* op, const TensorView& w, int64_t index) {
+  const int64_t K = w.shape[1];
+  const float value = w.dtype == DType::kFloat32    ? w.as<float>()[index]
+                      : w.dtype == DType::kBFloat16 ? bf16_to_float(w.as<uint16_t>()[index])
+                                                    : half_to_float(w.as<uint16_t>()[index]);
+  return invalid_value(op, ": w must be finite, got ", value, " at [", index / K, ", ", index % K, "]");
+}
+
+Status run_quantize(const char* op, const TensorView& w, const QuantizeArgs& args) {
+  std::mutex lock;
+  int64_t bad = -1;
+  parallel_for(0, args.format.N, row_grain(args.format.K), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(quantize_scratch_floats(args)));
+    const int64_t first = kernels().quantize_rows(args, begin, end, scratch.data());
+    if (first < 0) return;
+    std::lock_guard<std::mutex> guard(lock);
+    if (bad < 0 || first < bad) bad = first;
+  });
+  return bad < 0 ? Status() : nonfinite(op, w, bad);
+}
+
+}  // namespace
+
+Status QuantizeGroups::plan(TensorSpec* out) const {
+  constexpr const char* op = "quantize_groups";
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_weight(op, w));
+  PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
+  PRECAL_RETURN_IF_ERROR(check_group(op, group_size));
+  if (grid.present) PRECAL_RETURN_IF_ERROR(check_grid_shape(op, grid, bits));
+  ScaleType type;
+  PRECAL_RETURN_IF_ERROR(parse_scale_type(op, scale_dtype, &type));
+  if (c < 0 || c > format::kMaxCapacity) {
+    return invalid_value(op, ": c must lie in [0, ", format::kMaxCapacity, "], got ", c);
+  }
+  if (!(lam >= 0.0)) return invalid_value(op, ": lam must be >= 0, got ", lam);
+  if (!(search_lo > 0.0 && search_lo <= search_hi && search_hi <= 1.1)) {
+    return invalid_value(op, ": search must satisfy 0 < search_lo <= search_hi <= 1.1, got [", search_lo, ", ",
+                         search_hi, "]");
+  }
+  if (type == ScaleType::kFloat16 && (search_lo != 1.0 || search_hi != 1.0)) {
+    return invalid_value(op, ": search_lo and search_hi must be 1 for float16 scales, got [", search_lo, ", ",
+                         search_hi, "]");
+  }
+  const int64_t N = w.shape[0], groups = ceil_div(w.shape[1], group_size);
+  const int64_t blocks = format::outlier_blocks(w.shape[1]).num_blocks;
+  out[0] = {DType::kUInt8, {N, w.shape[1]}};
+  out[1] = {scale_dtype_of(type), {N, groups}};
+  out[2] = {DType::kBFloat16, {N}};
+  out[3] = {DType::kUInt8, {N, blocks, c}};
+  out[4] = {DType::kFloat16, {N, blocks, c}};
+  return {};
+}
+
+Status QuantizeGroups::run(const TensorView* out) const {
+  constexpr const char* op = "quantize_groups";
+  float levels[256];
+  PRECAL_RETURN_IF_ERROR(make_levels(op, grid, int(bits), levels));
+  const float top = levels[(1 << bits) - 1];
+  if (symmetric && !(top > 0.0f)) {
+    return invalid_value(op, ": grid must end above zero when symmetric, got top level ", top);
+  }
+  QuantizeArgs args{};
+  args.w = w.data;
+  args.dtype = w.dtype;
+  args.format.N = w.shape[0];
+  args.format.K = w.shape[1];
+  args.format.bits = int(bits);
+  args.format.group_size = group_size;
+  args.format.c = int(c);
+  args.format.uniform = !grid.present;
+  PRECAL_RETURN_IF_ERROR(parse_scale_type(op, scale_dtype, &args.format.scale_type));
+  args.levels = levels;
+  args.symmetric = symmetric;
+  args.lam = lam;
+  args.search_lo = float(search_lo);
+  args.search_hi = float(search_hi);
+  args.codes = out[0].as<uint8_t>();
+  args.scale = out[1].data;
+  args.row_scale = out[2].as<uint16_t>();
+  args.outlier_index = out[3].as<uint8_t>();
+  args.outlier_value = out[4].as<uint16_t>();
+  return run_quantize(op, w, args);
+}
+
+Status QuantizeSplit::plan(TensorSpec* out) const {
+  constexpr const char* op = "quantize_split";
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_weight(op, w));
+  PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
+  PRECAL_RETURN_IF_ERROR(check_group(op, group_size));
+  const int64_t N = w.shape[0], K = w.shape[1], groups = ceil_div(K, group_size);
+  PRECAL_RETURN_IF_ERROR(check_tensor(op, "salient", salient, {DType::kBool, {N, K}}, "(N, K)"));
+  out[0] = {DType::kUInt8, {N, K}};
+  out[1] = {DType::kFloat16, {N, groups}};
+  out[2] = {DType::kBFloat16, {N}};
+  out[3] = {DType::kFloat16, {N, groups}};
+  out[4] = {DType::kUInt8, {N, ceil_div(K, 8)}};
+  return {};
+}
+
+Status QuantizeSplit::run(const TensorView* out) const {
+  constexpr const char* op = "quantize_split";
+  float levels[256];
+  PRECAL_RETURN_IF_ERROR(make_levels(op, TensorView(), int(bits), levels));
+  QuantizeArgs args{};
+  args.w = w.data;
+  args.dtype = w.dtype;
+  args.format.N = w.shape[0];
+  args.format.K = w.shape[1];
+  args.format.bits = int(bits);
+  args.format.group_size = group_size;
+  args.format.uniform = args.format.split = true;
+  args.format.scale_type = ScaleType::kFloat16;
+  args.levels = levels;
+  args.symmetric = true;
+  args.search_lo = args.search_hi = 1.0f;
+  args.codes = out[0].as<uint8_t>();
+  args.scale = out[1].data;
+  args.row_scale = out[2].as<uint16_t>();
+  args.outlier_scale = out[3].data;
+  args.mask = out[4].as<uint8_t>();
+  args.salient = salient.as<uint8_t>();
+  return run_quantize(op, w, args);
+}
+
+Status Pack::plan(TensorSpec* out) const {
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_bits("pack", bits));
+  PRECAL_RETURN_IF_ERROR(check_dtype("pack", "codes", codes, {DType::kUInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous("pack", "codes", codes));
+  if (codes.ndim != 2) return invalid_value("pack: codes must be [N, K], got ", shape_text(codes));
+  out[0] = {DType::kInt32, {codes.shape[0], format::words_per_row(codes.shape[1], int(bits))}};
+  return {};
+}
+
+Status Pack::run(const TensorView* out) const {
+  const PackArgs args{codes.as<uint8_t>(), out[0].as<uint32_t>(), codes.shape[1], int(bits)};
+  std::atomic<bool> fits{true};
+  parallel_for(0, codes.shape[0], row_grain(codes.shape[1]), [&](int64_t begin, int64_t end) {
+    if (!kernels().pack_rows(args, begin, end)) fits = false;
+  });
+  if (!fits) return invalid_value("pack: codes must be below 2^", bits, " = ", 1 << bits, ", got a larger one");
+  return {};
+}
+
+Status Unpack::plan(TensorSpec* out) const {
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_bits("unpack", bits));
+  PRECAL_RETURN_IF_ERROR(check_columns("unpack", K));
+  PRECAL_RETURN_IF_ERROR(check_dtype("unpack", "packed", packed, {DType::kInt32}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous("unpack", "packed", packed));
+  if (packed.ndim != 2) return invalid_value("unpack: packed must be [N, words], got ", shape_text(packed));
+  PRECAL_RETURN_IF_ERROR(check_shape("unpack", "packed", packed,
+                                     {DType::kInt32, {packed.shape[0], format::words_per_row(K, int(bits))}},
+                                     "(N, ceil(K*bits/32))"));
+  out[0] = {DType::kUInt8, {packed.shape[0], K}};
+  return {};
+}
+
+Status Unpack::run(const TensorView* out) const {
+  const UnpackArgs args{packed.as<uint32_t>(), out[0].as<uint8_t>(), K, int(bits)};
+  parallel_for(0, packed.shape[0], row_grain(K),
+               [&](int64_t begin, int64_t end) { kernels().unpack_rows(args, begin, end); });
+  return {};
+}
+
+Status WeightTensors::check(const char* op, WeightFormat* f) const {
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
+  PRECAL_RETURN_IF_ERROR(check_group(op, group_size));
+  PRECAL_RETURN_IF_ERROR(check_columns(op, K));
+  if (packed.ndim != 2) return invalid_value(op, ": packed must be [N, words], got ", shape_text(packed));
+  const int64_t N = packed.shape[0], groups = ceil_div(K, group_size);
+  const int64_t blocks = format::outlier_blocks(K).num_blocks;
+  f->N = N;
+  f->K = K;
+  f->bits = int(bits);
+  f->group_size = group_size;
+  f->uniform = !grid.present;
+  PRECAL_RETURN_IF_ERROR(check_tensor(op, "packed", packed,
+                                      {DType::kInt32, {N, format::words_per_row(K, int(bits))}},
+                                      "(N, ceil(K*bits/32))"));
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "scale", scale, {DType::kUInt8, DType::kFloat16}));
+  f->scale_type = scale.dtype == DType::kUInt8 ? ScaleType::kE4m3 : ScaleType::kFloat16;
+  PRECAL_RETURN_IF_ERROR(check_tensor(op, "scale", scale, {scale.dtype, {N, groups}}, "(N, ceil(K/group_size))"));
+  PRECAL_RETURN_IF_ERROR(check_tensor(op, "row_scale", row_scale, {DType::kBFloat16, {N}}, "(N)"));
+  if (grid.present) PRECAL_RETURN_IF_ERROR(check_grid_shape(op, grid, bits));
+  if (outlier_index.present != outlier_value.present) {
+    return invalid_value(op, ": outlier_index and outlier_value must be given together, got one of them");
+  }
+  if (outlier_index.present) {
+    f->c = outlier_index.ndim == 3 ? int(std::min<int64_t>(outlier_index.shape[2], 1 << 20)) : 0;
+    if (f->c > format::kMaxCapacity) {
+      return invalid_value(op, ": outlier_index must have c <= ", format::kMaxCapacity, " entries a block, got ", f->c);
+    }
+    PRECAL_RETURN_IF_ERROR(check_tensor(op, "outlier_index", outlier_index, {DType::kUInt8, {N, blocks, f->c}},
+                                        "(N, blocks, c)"));
+    PRECAL_RETURN_IF_ERROR(check_tensor(op, "outlier_value", outlier_value, {DType::kFloat16, {N, blocks, f->c}},
+                                        "(N, blocks, c)"));
+  }
+  if (outlier_scale.present != mask.present) {
+    return invalid_value(op, ": outlier_scale and outlier_mask must be given together, got one of them");
+  }
+  if (mask.present) {
+    if (f->c > 0) return invalid_value(op, ": outlier_mask excludes outlier_index, got both");
+    f->split = true;
+    PRECAL_RETURN_IF_ERROR(
+        check_tensor(op, "outlier_scale", outlier_scale, {scale.dtype, {N, groups}}, "(N, ceil(K/group_size))"));
+    PRECAL_RETURN_IF_ERROR(check_tensor(op, "outlier_mask", mask, {DType::kUInt8, {N, ceil_div(K, 8)}},
+                                        "(N, ceil(K/8))"));
+  }
+  return {};
+}
+
+Status Dequantize::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("dequantize", &f));
+  out[0] = {DType::kFloat32, {f.N, f.K}};
+  return {};
+}
+
+Status Dequantize::run(const TensorView* out) const {
+  float levels[256];
+  DequantizeArgs args{};
+  PRECAL_RETURN_IF_ERROR(weight.check("dequantize", &args.format));
+  PRECAL_RETURN_IF_ERROR(make_levels("dequantize", weight.grid, args.format.bits, levels));
+  args.packed = weight.packed.as<uint32_t>();
+  args.scale = weight.scale.data;
+  args.row_scale = weight.row_scale.as<uint16_t>();
+  args.levels = levels;
+  args.outlier_index = weight.outlier_index.as<uint8_t>();
+  args.outlier_value = weight.outlier_value.as<uint16_t>();
+  args.outlier_scale = weight.outlier_scale.data;
+  args.mask = weight.mask.as<uint8_t>();
+  args.out = out[0].as<float>();
+  parallel_for(0, args.format.N, row_grain(args.format.K),
+               [&](int64_t begin, int64_t end) { kernels().dequantize_rows(args, begin, end); });
+  return {};
+}
+
+}  // namespace precal::cpu

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only file that asks what the CPU can do.
+#include "cpu/select.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace precal::cpu {
+
+namespace {
+
+struct Choice {
+  const KernelTable* table;
+  bool (*supported)();
+};
+
+#if defined(PRECAL_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+#endif
+bool always() { return true; }
+
+const Choice kChoices[] = {
+#if defined(PRECAL_X86)
+    {&k_avx512_kernels, has_avx512},
+    {&k_avx2_kernels, has_avx2},
+#endif
+    {&k_scalar_kernels, always},
+};
+
+Status find(const char* name, const char* source, const KernelTable** table) {
+  for (const Choice& choice : kChoices) {
+    if (std::strcmp(choice.table->name, name) != 0) continue;
+    if (!choice.supported()) return invalid_value(source, ": this CPU cannot run ", name, "; it can run ", supported_isas());
+    *table = choice.table;
+    return {};
+  }
+  return invalid_value(source, ": must be one of ", supported_isas(), ", got ", name);
+}
+
+const KernelTable* automatic() {
+  for (const Choice& choice : kChoices) {
+    if (choice.supported()) return choice.table;
+  }
+  return &k_scalar_kernels;
+}
+
+struct Selection {
+  std::atomic<const KernelTable*> table;
+  Status status;
+  Selection() {
+    const KernelTable* chosen = automatic();
+    const char* forced = std::getenv("PRECAL_ISA");
+    if (forced != nullptr && forced[0] != '\0') status = find(forced, "PRECAL_ISA", &chosen);
+    table = chosen;
+  }
+};
+
+Selection& selection() {
+  static Selection s;
+  return s;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *selection().table.load(); }
+Status kernels_status() { return selection().status; }
+
+Status force_isa(const char* name) {
+  const KernelTable* table = automatic();
+  if (name[0] != '\0') PRECAL_RETURN_IF_ERROR(find(name, "force_isa", &table));
+  selection().table = table;
+  selection().status = Status();
+  return {};
+}
+
+const char* supported_isas() {
+  static const std::string names = [] {
+    std::string text;
+    for (const Choice& choice : kChoices) {
+      if (choice.supported()) text += (text.empty() ? "" : ",") + std::string(choice.table->name);
+    }
+    return text;
+  }();
+  return names.c_str();
+}
+
+}  // namespace precal::cpu

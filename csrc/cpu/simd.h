@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen float lanes, on every instruction set. Kernel bodies are written once on this type and compiled per ISA in
+// their own namespace, so quantization gives the same bits everywhere: each function is one correctly rounded
+// operation per lane, and hsum fixes the reduction tree. Only fma() differs (scalar: two roundings); it is for `linear`.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "core/macros.h"
+
+#ifndef PRECAL_ISA_NAMESPACE
+#error "define PRECAL_ISA_NAMESPACE before including a kernel body"
+#endif
+
+namespace precal::cpu::PRECAL_ISA_NAMESPACE {
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+
+struct F32 {
+  __m512 v;
+};
+struct I32 {
+  __m512i v;
+};
+PRECAL_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PRECAL_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
+PRECAL_INLINE F32 splat(float a) { return {_mm512_set1_ps(a)}; }
+PRECAL_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+PRECAL_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+PRECAL_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// acc + (x > limit ? step : 0)
+PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
+  return {_mm512_mask_add_ps(acc.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_GT_OQ), acc.v, step.v)};
+}
+PRECAL_INLINE I32 load_words(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+PRECAL_INLINE I32 shift_right(I32 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+PRECAL_INLINE I32 shift_left(I32 a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
+PRECAL_INLINE I32 bit_or(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+// table[index & 15], per lane
+PRECAL_INLINE F32 lookup16(F32 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
+PRECAL_INLINE void store_words(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+
+#elif defined(__AVX2__)
+
+struct F32 {
+  __m256 lo, hi;
+};
+struct I32 {
+  __m256i lo, hi;
+};
+PRECAL_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+PRECAL_INLINE void store(float* p, F32 a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+PRECAL_INLINE F32 splat(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+PRECAL_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+PRECAL_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+PRECAL_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
+  return {_mm256_add_ps(acc.lo, _mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_GT_OQ), step.lo)),
+          _mm256_add_ps(acc.hi, _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_GT_OQ), step.hi))};
+}
+PRECAL_INLINE I32 load_words(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+PRECAL_INLINE I32 shift_right(I32 a, int n) {
+  const __m128i count = _mm_cvtsi32_si128(n);
+  return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
+}
+PRECAL_INLINE I32 shift_left(I32 a, int n) {
+  const __m128i count = _mm_cvtsi32_si128(n);
+  return {_mm256_sll_epi32(a.lo, count), _mm256_sll_epi32(a.hi, count)};
+}
+PRECAL_INLINE I32 bit_or(I32 a, I32 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+PRECAL_INLINE __m256 lookup16_half(F32 table, __m256i index) {
+  // vpermps sees the low 3 bits; bit 3 chooses the half of the table through the sign bit of the blend.
+  const __m256 low = _mm256_permutevar8x32_ps(table.lo, index);
+  const __m256 high = _mm256_permutevar8x32_ps(table.hi, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+PRECAL_INLINE F32 lookup16(F32 table, I32 index) {
+  return {lookup16_half(table, index.lo), lookup16_half(table, index.hi)};
+}
+PRECAL_INLINE void store_words(int32_t* p, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
+}
+
+#else  // scalar: the specification
+
+struct F32 {
+  float v[kLanes];
+};
+struct I32 {
+  uint32_t v[kLanes];
+};
+#define PRECAL_LANES(result, expression)        \
+  do {                                          \
+    for (int i = 0; i < kLanes; ++i) (result)[i] = (expression); \
+  } while (0)
+
+PRECAL_INLINE F32 load(const float* p) {
+  F32 r;
+  PRECAL_LANES(r.v, p[i]);
+  return r;
+}
+PRECAL_INLINE void store(float* p, F32 a) { PRECAL_LANES(p, a.v[i]); }
+PRECAL_INLINE F32 splat(float a) {
+  F32 r;
+  PRECAL_LANES(r.v, a);
+  return r;
+}
+PRECAL_INLINE F32 add(F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] + b.v[i]);
+  return r;
+}
+PRECAL_INLINE F32 sub(F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] - b.v[i]);
+  return r;
+}
+PRECAL_INLINE F32 mul(F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] * b.v[i]);
+  return r;
+}
+PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] * b.v[i] + c.v[i]);
+  return r;
+}
+PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
+  F32 r;
+  PRECAL_LANES(r.v, x.v[i] > limit.v[i] ? acc.v[i] + step.v[i] : acc.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 load_words(const int32_t* p) {
+  I32 r;
+  PRECAL_LANES(r.v, uint32_t(p[i]));
+  return r;
+}
+PRECAL_INLINE I32 shift_right(I32 a, int n) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] >> n);
+  return r;
+}
+PRECAL_INLINE I32 shift_left(I32 a, int n) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] << n);
+  return r;
+}
+PRECAL_INLINE I32 bit_or(I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] | b.v[i]);
+  return r;
+}
+PRECAL_INLINE F32 lookup16(F32 table, I32 index) {
+  F32 r;
+  PRECAL_LANES(r.v, table.v[index.v[i] & 15u]);
+  return r;
+}
+PRECAL_INLINE void store_words(int32_t* p, I32 a) { PRECAL_LANES(p, int32_t(a.v[i])); }
+#undef PRECAL_LANES
+
+#endif
+
+// The reduction tree of every sum over lanes: 16 -> 8 -> 4 -> 2 -> 1, lane i with lane i + half.
+PRECAL_INLINE float hsum(F32 a) {
+  float v[kLanes];
+  store(v, a);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
+  }
+  return v[0];
+}
+
+}  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// All kernel bodies of one instruction set.
+#pragma once
+
+#include "cpu/dequantize-inl.h"
+#include "cpu/histogram-inl.h"
+#include "cpu/linear-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/quantize-inl.h"
+#include "cpu/salience-inl.h"
+
+namespace precal::cpu::PRECAL_ISA_NAMESPACE {
+
+static constexpr KernelTable make_table(const char* name) {
+  return {name,        soft_threshold, magnitude_digit, histogram,   quantize_rows,
+          pack_rows,   unpack_rows,    dequantize_rows, linear_tiles};
+}
+
+}  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU's tile order of a weight: one buffer, made at load, never saved, exactly invertible. Sixteen rows make a tile;
+// inside it the r-th lane of a vector belongs to row r, so one 512-bit load brings one int32 word of codes of each row.
+//
+//   header   64 bytes, below
+//   grid     256 bytes: int8 levels, zero padded (absent grid: all zero)
+//   tile 0, tile 1, ... ceil(N/16) of them, tile_bytes apart; each a run of sections, every one 64-byte aligned:
+//     row_scale      [16]               bfloat16
+//     words          [words][16]        int32, the bit stream word by word
+//     scale          [groups][16]       e4m3 or float16
+//     outlier_scale  [groups][16]       as scale; split only
+//     outlier_value  [blocks][c][16]    float16
+//     outlier_index  [blocks][c][16]    uint8
+//     mask           [ceil(K/8)][16]    uint8; split only
+//   Rows past N are zero everywhere, so they contribute nothing.
+#pragma once
+
+#include "format/qtensor.h"
+
+namespace precal::format {
+
+constexpr int64_t kTileRows = 16;
+constexpr uint32_t kPrepackedMagic = 0x304C4350u;  // "PCL0"
+
+struct PrepackedHeader {
+  uint32_t magic;
+  uint16_t format_version;
+  uint8_t bits;
+  uint8_t flags;  // bit 0 uniform, bit 1 split, bit 2 float16 scales
+  int64_t N, K, group_size;
+  int32_t c;
+  uint32_t reserved0;
+  int64_t total_bytes;
+  uint8_t reserved1[16];
+};
+static_assert(sizeof(PrepackedHeader) == 64, "the header is one cache line");
+
+constexpr int64_t kPrepackedGridOffset = 64;
+constexpr int64_t kPrepackedTilesOffset = kPrepackedGridOffset + 256;
+
+struct TileLayout {
+  int64_t words, scale, outlier_scale, outlier_value, outlier_index, mask;  // byte offsets inside a tile
+  int64_t tile_bytes, num_tiles, total_bytes;
+};
+
+PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
+  TileLayout t;
+  int64_t offset = 64;  // row_scale: 32 bytes, padded to a line
+  t.words = offset;
+  offset = round_up(offset + num_words(f) * kTileRows * 4, 64);
+  t.scale = offset;
+  const int64_t scales = num_groups(f) * kTileRows * scale_bytes(f.scale_type);
+  offset = round_up(offset + scales, 64);
+  t.outlier_scale = offset;
+  if (f.split) offset = round_up(offset + scales, 64);
+  const int64_t entries = num_blocks(f) * f.c * kTileRows;
+  t.outlier_value = offset;
+  offset = round_up(offset + entries * 2, 64);
+  t.outlier_index = offset;
+  offset = round_up(offset + entries, 64);
+  t.mask = offset;
+  if (f.split) offset = round_up(offset + mask_bytes_per_row(f) * kTileRows, 64);
+  t.tile_bytes = offset;
+  t.num_tiles = ceil_div(f.N, kTileRows);
+  t.total_bytes = kPrepackedTilesOffset + t.num_tiles * t.tile_bytes;
+  return t;
+}
+
+PRECAL_INLINE uint8_t prepacked_flags(const WeightFormat& f) {
+  return uint8_t((f.uniform ? 1 : 0) | (f.split ? 2 : 0) | (f.scale_type == ScaleType::kFloat16 ? 4 : 0));
+}
+
+}  // namespace precal::format
