@@ -1,0 +1,607 @@
+"""The ops: contracts, fake kernels, gradients. ``torch.ops.precal.*`` are the same functions without the error types.
+
+Every wrapper takes and returns contiguous tensors on one device, allocates its outputs, and raises ``TypeError`` for a
+wrong dtype and ``ValueError`` for any other broken contract, with a message ``op: argument must be ..., got ...``.
+Called through ``torch.ops.precal`` the same messages arrive as ``RuntimeError``. Results do not depend on the number of
+threads; codes, scales and counts are the same bits on every instruction set and device.
+
+Notation: ``N, K`` rows and columns of a weight, ``G = ceil(K / group_size)``, ``B`` outlier blocks of a row, ``c`` their
+capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives the formulas.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from precal_ext import _C
+
+_FOLDER = Path(__file__).resolve().parent
+_LIBRARY = _FOLDER / "libprecal_torch.so"
+_LIBRARY_CUDA = _FOLDER / "libprecal_torch_cuda.so"
+
+torch.ops.load_library(str(_LIBRARY))
+if torch.version.cuda is not None and _LIBRARY_CUDA.exists():
+    torch.ops.load_library(str(_LIBRARY_CUDA))
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def force_isa(name: str) -> None:
+    """Use the kernels of one instruction set from now on, in ``torch.ops.precal`` and in ``_C``.
+
+    Args:
+        name: "scalar", "avx2", "avx512", or "" for the automatic choice.
+    Raises:
+        ValueError: unknown, or this CPU cannot run it.
+    """
+    _C.force_isa(name)
+    function = ctypes.CDLL(str(_LIBRARY)).precal_torch_force_isa
+    message = ctypes.create_string_buffer(512)
+    if function(name.encode(), message, ctypes.c_size_t(512)):
+        raise ValueError(message.value.decode())
+
+
+def _contract(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Turns the RuntimeError of a broken contract into the built-in error that callers expect."""
+    prefixes = (f"{function.__name__}: ", "precal: ")
+
+    @functools.wraps(function)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            message = str(error).split("\n")[0]
+            if not message.startswith(prefixes):
+                raise
+            kind = TypeError if " must have dtype " in message else ValueError
+            raise kind(message) from None
+
+    return checked
+
+
+# ---- salience -------------------------------------------------------------------------------------------------------
+
+
+@_contract
+def soft_threshold(w: Tensor, lam: float) -> Tensor:
+    """One step of adaptive LASSO: shrink each weight by ``lam / |w|``, zero what crosses zero.
+
+    out = sign(w) * max(|w| - lam / |w|, 0); 0 gives 0, an infinity stays, NaN stays NaN. A weight survives exactly when
+    ``w**2 > lam``, evaluated without rounding. (arXiv 2405.13358; formula in docs/method.md.)
+
+    Args:
+        w: any shape, float32, float16 or bfloat16; CPU or CUDA.
+        lam: threshold in squared units of ``w``, finite, >= 0.
+    Returns:
+        Shape and dtype of ``w``.
+    """
+    return torch.ops.precal.soft_threshold(w, lam)
+
+
+@_contract
+def salience_threshold(
+    w: Tensor, alpha: float, scope: str = "tensor", group_size: int = 128, normalize: str = "none"
+) -> Tensor:
+    """The threshold at which a share ``alpha`` of the weights survives ``soft_threshold``: the exact order statistic.
+
+    Per unit of ``scope`` with n weights, k = floor(alpha * n + 1/2) must survive. With v the k-th largest |w|, lam is
+    the square of the float32 just below v. Ties survive together, so more than k may; zeros never survive. k = 0 gives
+    the square of the largest |w|: nothing survives. An empty unit gives 0.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, finite.
+        alpha: wanted share, in [0, 1].
+        scope: "tensor" (one threshold), "row" or "group" (of ``group_size`` columns).
+        normalize: "none" judges |w|; "row" or "group" judge |w - mean| / std (population) of that unit, computed in
+            double and rounded to float32; where std is 0 the result is 0. lam is then in squared units of that score.
+    Returns:
+        float64 [1], [N] or [N, G].
+    """
+    return torch.ops.precal.salience_threshold(w, alpha, scope, group_size, normalize)
+
+
+@_contract
+def salience_mask(
+    w: Tensor, lam: Tensor, scope: str = "tensor", group_size: int = 128, normalize: str = "none"
+) -> Tensor:
+    """Which weights survive: ``w**2 > lam`` of their unit (of the normalized weights when ``normalize`` says so).
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, finite.
+        lam: float64, as ``salience_threshold`` returns it for the same ``scope`` and ``group_size``.
+    Returns:
+        bool [N, K].
+    """
+    return torch.ops.precal.salience_mask(w, lam, scope, group_size, normalize)
+
+
+# ---- histograms and grids -------------------------------------------------------------------------------------------
+
+
+@_contract
+def histogram(
+    w: Tensor,
+    num_bins: int,
+    lo: float,
+    hi: float,
+    divisor: Tensor | None = None,
+    weight: Tensor | None = None,
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Integer histogram of ``w / divisor``.
+
+    Bin b counts x with lo + b*h <= x < lo + (b+1)*h, h = (hi - lo) / num_bins, in double; the last bin includes hi.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16; NaN and infinities are counted outside.
+        num_bins: 1 to 2**24.  lo, hi: finite, lo < hi.
+        divisor: float32 [N, G] or None for 1. The division is float32.
+        weight: int64 [N, G], what each weight of a group adds to its bin, or None for 1; groups of weight 0 are skipped.
+    Returns:
+        counts int64 [num_bins] and outside int64 [3]: below lo, above hi, NaN.
+    """
+    return torch.ops.precal.histogram(w, num_bins, lo, hi, divisor, weight, group_size)
+
+
+@_contract
+def spread_codes(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
+    """The density of the quantized weights: each code's mass, spread evenly over its decision cell.
+
+    A discrete W' has no density; this gives it one to compare with the histogram of W. Cells are cut at the midpoints
+    of neighbouring levels, rounded to bin edges, and end at the outermost occupied bins.
+
+    Args:
+        counts: int64 [bins], histogram of w / (row_scale * scale) over [lo, hi].
+        grid: int8, 2 to 256 non-decreasing levels in [-127, 127].
+    Returns:
+        float64 [bins], the same total mass as ``counts``.
+    """
+    return torch.ops.precal.spread_codes(counts, lo, hi, grid)
+
+
+@_contract
+def kl_divergence(p: Tensor, q: Tensor, smoothing: float = 0.0) -> Tensor:
+    """KL(P || Q) in nats of two histograms on the same bins, after adding ``smoothing`` to every bin and normalizing.
+
+    Exactly 0 for equal inputs, never negative, never NaN. Infinite when P has mass where Q has none, or when one of
+    them is empty; 0 when both are.
+
+    Args:
+        p, q: [bins] int64 or float64, finite, >= 0.
+        smoothing: finite, >= 0, in units of mass per bin.
+    Returns:
+        float64 scalar.
+    """
+    return torch.ops.precal.kl_divergence(p, q, smoothing)
+
+
+@_contract
+def fit_grid(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float = 0.0, rounds: int = 1) -> Tensor:
+    """Improve a codebook on a histogram: minimise relative squared error + mu * KL(P || spread_codes).
+
+    ``rounds`` weighted Lloyd-Max steps (each stretched so that the largest level is 127), then coordinate descent over
+    the integers on the composite objective (docs/method.md). ``rounds = 0`` or an empty histogram return ``grid``.
+
+    Args:
+        counts: int64 [bins] >= 0, in units of levels: w / (row_scale * scale).
+        grid: int8 levels to start from.
+        mu: weight of the KL term, finite, >= 0.
+        rounds: 0 to 1000.
+    Returns:
+        int8, shape of ``grid``, non-decreasing, in [-127, 127].
+    """
+    return torch.ops.precal.fit_grid(counts, lo, hi, grid, mu, rounds)
+
+
+# ---- quantization ---------------------------------------------------------------------------------------------------
+
+
+@_contract
+def quantize_groups(
+    w: Tensor,
+    grid: Tensor | None,
+    bits: int,
+    group_size: int,
+    c: int = 0,
+    lam: float = 0.0,
+    scale_dtype: str = "e4m3",
+    symmetric: bool = False,
+    search_lo: float = 0.6,
+    search_hi: float = 1.1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantize [N, K] to codes, group scales under a row scale, and at most ``c`` outliers per block.
+
+    Outliers are the c largest |w| with w**2 > lam of every block (ties: the lower column); the rest sets the scales.
+    Per group the e4m3 scale with the least squared error is taken among all codes between ``search_lo`` and
+    ``search_hi`` times the scale at which the group's extreme weight meets the largest level. The order of every
+    rounding is fixed (csrc/cpu/quantize-inl.h). Row scales adapt, so any finite float32 row works; within a row,
+    weights below about 2**-16 of the row's mean amplitude vanish.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, finite.
+        grid: int8 [2**bits] or [1, 2**bits] non-decreasing levels, or None for the uniform u - 2**(bits-1).
+        bits: 2 to 8.  group_size: >= 1, the last group may be short.  c: 0 to 16.  lam: >= 0.
+        scale_dtype: "e4m3", or "float16" (then search_lo = search_hi = 1).
+        symmetric: scale = max|w| / top level, always positive (round-to-nearest); else the extreme weight keeps its
+            sign, so the longer tail meets the larger end of the grid.
+        search_lo, search_hi: 0 < lo <= hi <= 1.1.
+    Returns:
+        codes uint8 [N, K]; scale uint8 (e4m3 bits) or float16 [N, G]; row_scale bfloat16 [N];
+        outlier_index uint8 [N, B, c]; outlier_value float16 [N, B, c].
+    """
+    return torch.ops.precal.quantize_groups(
+        w, grid, bits, group_size, c, lam, scale_dtype, symmetric, search_lo, search_hi
+    )
+
+
+@_contract
+def quantize_split(
+    w: Tensor, salient: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The published split: two symmetric min-max grids per group, one for salient weights and one for the rest.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, finite.  salient: bool [N, K].  bits: 2 to 8.
+    Returns:
+        codes uint8 [N, K]; scale float16 [N, G]; row_scale bfloat16 [N]; outlier_scale float16 [N, G];
+        outlier_mask uint8 [N, ceil(K/8)], bit k % 8 of byte k / 8.
+    """
+    return torch.ops.precal.quantize_split(w, salient, bits, group_size)
+
+
+@_contract
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes to one little-endian bit stream per row.
+
+    Args:
+        codes: uint8 [N, K], each below 2**bits.  bits: 2 to 8.
+    Returns:
+        int32 [N, ceil(K * bits / 32)].
+    """
+    return torch.ops.precal.pack(codes, bits)
+
+
+@_contract
+def unpack(packed: Tensor, bits: int, K: int) -> Tensor:
+    """Inverse of ``pack``: int32 [N, ceil(K * bits / 32)] to uint8 [N, K]."""
+    return torch.ops.precal.unpack(packed, bits, K)
+
+
+@_contract
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    grid: Tensor | None,
+    outlier_index: Tensor | None,
+    outlier_value: Tensor | None,
+    outlier_scale: Tensor | None,
+    outlier_mask: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """W' from the tensors of a checkpoint, the same bits everywhere.
+
+    Args:
+        packed: int32 [N, ceil(K*bits/32)].  scale: uint8 (e4m3) or float16 [N, G].  row_scale: bfloat16 [N].
+        grid: int8 [1, 2**bits], or None for uniform.
+        outlier_index, outlier_value: uint8 and float16 [N, B, c], or both None.
+        outlier_scale, outlier_mask: dtype and shape of ``scale`` and uint8 [N, ceil(K/8)], or both None.
+    Returns:
+        float32 [N, K].
+    """
+    return torch.ops.precal.dequantize(
+        packed,
+        scale,
+        row_scale,
+        grid,
+        outlier_index,
+        outlier_value,
+        outlier_scale,
+        outlier_mask,
+        K,
+        bits,
+        group_size,
+    )
+
+
+# ---- execution ------------------------------------------------------------------------------------------------------
+
+
+@_contract
+def prepack(
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    grid: Tensor | None,
+    outlier_index: Tensor | None,
+    outlier_value: Tensor | None,
+    outlier_scale: Tensor | None,
+    outlier_mask: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """The device's own tile order of a weight, made once at load, exactly invertible. Arguments as ``dequantize``.
+
+    Returns:
+        uint8 [bytes], self-describing (csrc/format/prepacked.h); never saved.
+    """
+    return torch.ops.precal.prepack(
+        packed,
+        scale,
+        row_scale,
+        grid,
+        outlier_index,
+        outlier_value,
+        outlier_scale,
+        outlier_mask,
+        K,
+        bits,
+        group_size,
+    )
+
+
+@_contract
+def unprepack(
+    prepacked: Tensor,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    c: int,
+    uniform: bool,
+    split: bool,
+    scale_dtype: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inverse of ``prepack``. The integers must be those the weight was made with; its header is checked.
+
+    Returns:
+        packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale, outlier_mask as ``dequantize``
+        takes them; what the weight lacks has no elements.
+    """
+    return torch.ops.precal.unprepack(prepacked, N, K, bits, group_size, c, uniform, split, scale_dtype)
+
+
+@_contract
+def linear(
+    x: Tensor,
+    prepacked: Tensor,
+    bias: Tensor | None,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    c: int,
+    uniform: bool,
+    split: bool,
+    scale_dtype: str,
+) -> Tensor:
+    """y = x @ W'.T + bias with the weight dequantized on the fly, accumulated in float32.
+
+    Differentiable in ``x`` and ``bias`` (not in the weight). A row of y depends on its row of x alone.
+
+    Args:
+        x: [..., K] float32, float16 or bfloat16; a strided x is copied.
+        prepacked: uint8 from ``prepack``.
+        bias: [N] float32, float16 or bfloat16, or None.
+        N, K, bits, group_size, c, uniform, split, scale_dtype: as ``unprepack``.
+    Returns:
+        [..., N], dtype of ``x``.
+    """
+    return torch.ops.precal.linear(x, prepacked, bias, N, K, bits, group_size, c, uniform, split, scale_dtype)
+
+
+# ---- fakes: shapes and dtypes for torch.compile and meta tensors -----------------------------------------------------
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _words(K: int, bits: int) -> int:
+    return _ceil_div(K * bits, 32)
+
+
+_SCALE_DTYPE = {"e4m3": torch.uint8, "float16": torch.float16}
+
+
+@torch.library.register_fake("precal::soft_threshold")
+def _(w: Tensor, lam: float) -> Tensor:
+    return torch.empty_like(w)
+
+
+@torch.library.register_fake("precal::salience_threshold")
+def _(w: Tensor, alpha: float, scope: str = "tensor", group_size: int = 128, normalize: str = "none") -> Tensor:
+    shapes = {"tensor": [1], "row": [w.shape[0]], "group": [w.shape[0], _ceil_div(w.shape[1], group_size)]}
+    return w.new_empty(shapes[scope], dtype=torch.float64)
+
+
+@torch.library.register_fake("precal::salience_mask")
+def _(w: Tensor, lam: Tensor, scope: str = "tensor", group_size: int = 128, normalize: str = "none") -> Tensor:
+    return torch.empty_like(w, dtype=torch.bool)
+
+
+@torch.library.register_fake("precal::histogram")
+def _(
+    w: Tensor,
+    num_bins: int,
+    lo: float,
+    hi: float,
+    divisor: Tensor | None = None,
+    weight: Tensor | None = None,
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    return w.new_empty([num_bins], dtype=torch.int64), w.new_empty([3], dtype=torch.int64)
+
+
+@torch.library.register_fake("precal::spread_codes")
+def _(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
+    return torch.empty_like(counts, dtype=torch.float64)
+
+
+@torch.library.register_fake("precal::kl_divergence")
+def _(p: Tensor, q: Tensor, smoothing: float = 0.0) -> Tensor:
+    return p.new_empty([], dtype=torch.float64)
+
+
+@torch.library.register_fake("precal::fit_grid")
+def _(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float = 0.0, rounds: int = 1) -> Tensor:
+    return torch.empty_like(grid)
+
+
+@torch.library.register_fake("precal::quantize_groups")
+def _(
+    w: Tensor,
+    grid: Tensor | None,
+    bits: int,
+    group_size: int,
+    c: int = 0,
+    lam: float = 0.0,
+    scale_dtype: str = "e4m3",
+    symmetric: bool = False,
+    search_lo: float = 0.6,
+    search_hi: float = 1.1,
+) -> tuple[Tensor, ...]:
+    N, K = w.shape
+    blocks = _C.num_outlier_blocks(int(K))
+    return (
+        w.new_empty([N, K], dtype=torch.uint8),
+        w.new_empty([N, _ceil_div(K, group_size)], dtype=_SCALE_DTYPE[scale_dtype]),
+        w.new_empty([N], dtype=torch.bfloat16),
+        w.new_empty([N, blocks, c], dtype=torch.uint8),
+        w.new_empty([N, blocks, c], dtype=torch.float16),
+    )
+
+
+@torch.library.register_fake("precal::quantize_split")
+def _(w: Tensor, salient: Tensor, bits: int, group_size: int) -> tuple[Tensor, ...]:
+    N, K = w.shape
+    G = _ceil_div(K, group_size)
+    return (
+        w.new_empty([N, K], dtype=torch.uint8),
+        w.new_empty([N, G], dtype=torch.float16),
+        w.new_empty([N], dtype=torch.bfloat16),
+        w.new_empty([N, G], dtype=torch.float16),
+        w.new_empty([N, _ceil_div(K, 8)], dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("precal::pack")
+def _(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty([codes.shape[0], _words(codes.shape[1], bits)], dtype=torch.int32)
+
+
+@torch.library.register_fake("precal::unpack")
+def _(packed: Tensor, bits: int, K: int) -> Tensor:
+    return packed.new_empty([packed.shape[0], K], dtype=torch.uint8)
+
+
+@torch.library.register_fake("precal::dequantize")
+def _(packed: Tensor, *rest: Any) -> Tensor:
+    return packed.new_empty([packed.shape[0], rest[-3]], dtype=torch.float32)
+
+
+@torch.library.register_fake("precal::prepack")
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    grid: Tensor | None,
+    outlier_index: Tensor | None,
+    outlier_value: Tensor | None,
+    outlier_scale: Tensor | None,
+    outlier_mask: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    c = 0 if outlier_index is None else int(outlier_index.shape[2])
+    scale_dtype = "float16" if scale.dtype == torch.float16 else "e4m3"
+    size = _C.prepacked_bytes(
+        int(packed.shape[0]), K, bits, group_size, c, grid is None, outlier_mask is not None, scale_dtype
+    )
+    return packed.new_empty([size], dtype=torch.uint8)
+
+
+@torch.library.register_fake("precal::unprepack")
+def _(
+    prepacked: Tensor,
+    N: int,
+    K: int,
+    bits: int,
+    group_size: int,
+    c: int,
+    uniform: bool,
+    split: bool,
+    scale_dtype: str,
+) -> tuple[Tensor, ...]:
+    G, blocks, scale = _ceil_div(K, group_size), _C.num_outlier_blocks(K), _SCALE_DTYPE[scale_dtype]
+
+    def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return prepacked.new_empty(shape, dtype=dtype)
+
+    return (
+        new([N, _words(K, bits)], torch.int32),
+        new([N, G], scale),
+        new([N], torch.bfloat16),
+        new([0 if uniform else 1, 2**bits], torch.int8),
+        new([N, blocks, c], torch.uint8),
+        new([N, blocks, c], torch.float16),
+        new([N if split else 0, G], scale),
+        new([N if split else 0, _ceil_div(K, 8)], torch.uint8),
+    )
+
+
+@torch.library.register_fake("precal::linear")
+def _(x: Tensor, prepacked: Tensor, bias: Tensor | None, N: int, *rest: Any) -> Tensor:
+    return x.new_empty([*x.shape[:-1], N])
+
+
+# ---- gradients of linear ---------------------------------------------------------------------------------------------
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, prepacked, bias, *integers = inputs
+    ctx.save_for_backward(prepacked)
+    ctx.integers = integers
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (prepacked,) = ctx.saved_tensors
+    N, K, bits, group_size, c, uniform, split, scale_dtype = ctx.integers
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        packed, scale, row_scale, grid, index, value, other, mask = torch.ops.precal.unprepack(
+            prepacked, N, K, bits, group_size, c, uniform, split, scale_dtype
+        )
+        weight = torch.ops.precal.dequantize(
+            packed,
+            scale,
+            row_scale,
+            None if uniform else grid,
+            index if c else None,
+            value if c else None,
+            other if split else None,
+            mask if split else None,
+            K,
+            bits,
+            group_size,
+        )
+        grad_x = (grad.float() @ weight).to(grad.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.float().reshape(-1, N).sum(0).to(ctx.bias_dtype)
+    return (grad_x, None, grad_bias, *([None] * 8))
+
+
+torch.library.register_autograd("precal::linear", _linear_backward, setup_context=_linear_setup)
