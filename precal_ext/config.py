@@ -1,0 +1,230 @@
+"""What to do with a model: one frozen, validated object that travels through JSON unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from precal_ext import _C
+
+RECIPES = ("precal", "paper", "rtn")
+GRIDS = ("fitted", "constant", "uniform")
+SCOPES = ("tensor", "row", "group")
+NORMALIZE = ("none", "row", "group")
+
+_GROUP_SIZE = {"precal": 64, "paper": 128, "rtn": 128}
+# Fields that a module may have of its own; everything else belongs to the whole model.
+MODULE_FIELDS = ("bits", "group_size", "c", "grid")
+
+
+def _check(field_name: str, value: Any, good: bool, contract: str) -> None:
+    if not good:
+        raise ValueError(f"config: {field_name} must be {contract}, got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Settings of one quantization. Fields left at None take the recipe's default.
+
+    Args:
+        recipe: "precal" (fitted grid, searched 8-bit scales, a few outliers), "paper" (the published split into two
+            symmetric grids) or "rtn" (round to nearest on a symmetric uniform grid).
+        bits: width of a code, 2 to 8; fast kernels exist for 3 and 4.
+        group_size: columns that share a scale, >= 1 (64; paper and rtn 128). -1: the whole row.
+        c: outliers in every block of 256 columns, 0 to 16 (precal 1; the others have none).
+        grid: "fitted", "constant" or "uniform" (precal: fitted up to 6 bits, else uniform; the others uniform).
+        fit_rounds: Lloyd-Max rounds on the histogram, 0 to 100.  mu: weight of the KL term in the fit, >= 0.
+        alpha, scope, normalize: share and unit of the salient weights of the paper recipe; alpha in [0, 1].
+        include, exclude: regular expressions (``re.search`` on the module name) that add modules to the automatic
+            choice or take them away; ``exclude`` wins.
+        overrides: regular expression -> fields of its own, any of bits, group_size, c, grid. The first that matches
+            counts.
+    Raises:
+        ValueError: a field breaks its contract.
+    """
+
+    recipe: str = "precal"
+    bits: int = 4
+    group_size: int | None = None
+    c: int | None = None
+    grid: str | None = None
+    fit_rounds: int = 1
+    mu: float = 0.0
+    alpha: float = 0.05
+    scope: str = "tensor"
+    normalize: str = "none"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def settle(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        _check("recipe", self.recipe, self.recipe in RECIPES, f"one of {', '.join(RECIPES)}")
+        _check("bits", self.bits, _is_int(self.bits) and 2 <= self.bits <= 8, "an integer from 2 to 8")
+        if self.group_size is None:
+            settle("group_size", _GROUP_SIZE[self.recipe])
+        good = _is_int(self.group_size) and (self.group_size == -1 or 1 <= self.group_size <= 1 << 20)
+        _check("group_size", self.group_size, good, "an integer from 1 to 2**20, or -1 for the whole row")
+        if self.c is None:
+            settle("c", 1 if self.recipe == "precal" else 0)
+        limit = _C.MAX_CAPACITY if self.recipe == "precal" else 0
+        contract = f"an integer from 0 to {limit}" + ("" if limit else f" for recipe {self.recipe}")
+        _check("c", self.c, _is_int(self.c) and 0 <= self.c <= limit, contract)
+        if self.grid is None:
+            settle("grid", "fitted" if self.recipe == "precal" and self.bits <= 6 else "uniform")
+        allowed = GRIDS if self.recipe == "precal" and self.bits <= 6 else ("uniform",)
+        why = f"one of {', '.join(allowed)} for recipe {self.recipe} at {self.bits} bits"
+        _check("grid", self.grid, self.grid in allowed, why)
+        good = _is_int(self.fit_rounds) and 0 <= self.fit_rounds <= 100
+        _check("fit_rounds", self.fit_rounds, good, "an integer from 0 to 100")
+        _check("mu", self.mu, _is_number(self.mu) and self.mu >= 0, "a finite number >= 0")
+        _check("alpha", self.alpha, _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number in [0, 1]")
+        _check("scope", self.scope, self.scope in SCOPES, f"one of {', '.join(SCOPES)}")
+        _check("normalize", self.normalize, self.normalize in NORMALIZE, f"one of {', '.join(NORMALIZE)}")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            _check(name, patterns, isinstance(patterns, (list, tuple)), "a list of regular expressions")
+            settle(name, tuple(patterns))
+            for pattern in patterns:
+                _check_pattern(name, pattern)
+        _check("overrides", self.overrides, isinstance(self.overrides, Mapping), "a mapping from pattern to fields")
+        settle("overrides", {pattern: dict(fields) for pattern, fields in self.overrides.items()})
+        for pattern, fields in self.overrides.items():
+            _check_pattern("overrides", pattern)
+            for name in fields:
+                _check(f"overrides[{pattern!r}]", name, name in MODULE_FIELDS, f"a field out of {MODULE_FIELDS}")
+            self._with(fields)
+
+    def _with(self, fields: Mapping[str, Any]) -> QuantizeConfig:
+        changed = dict(fields)
+        if changed.get("bits", self.bits) != self.bits:
+            changed.setdefault("grid", None)  # its default depends on the width
+        return dataclasses.replace(self, overrides={}, **changed)
+
+    def for_module(self, name: str) -> QuantizeConfig:
+        """The settings of one module: the first override whose pattern is found in its name, applied."""
+        for pattern, fields in self.overrides.items():
+            if re.search(pattern, name):
+                return self._with(fields)
+        return self if not self.overrides else self._with({})
+
+    @property
+    def uniform(self) -> bool:
+        return self.grid == "uniform"
+
+    @property
+    def split(self) -> bool:
+        return self.recipe == "paper"
+
+    @property
+    def scale_dtype(self) -> str:
+        """8-bit scales for precal; the baselines keep the 16 bits they are published with."""
+        return "e4m3" if self.recipe == "precal" else "float16"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``from_dict`` gives the same config back."""
+        data = dataclasses.asdict(self)
+        data["include"], data["exclude"] = list(self.include), list(self.exclude)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizeConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"config: fields must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantizeConfig:
+        return cls.from_dict(json.loads(text))
+
+
+def _check_pattern(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"config: {name} must hold regular expressions, got {pattern!r} ({error})") from None
+
+
+# ---- quantization_config of a model's config.json -------------------------------------------------------------------
+
+QUANT_METHOD = "precal"
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """What a loader must know of a quantized model: the settings of each of its modules.
+
+    Args:
+        config: settings shared by all modules.
+        modules_to_not_convert: linear modules that were left as they are, by exact name.
+        module_overrides: exact module name -> fields that differ.
+    """
+
+    config: QuantizeConfig
+    modules_to_not_convert: tuple[str, ...] = ()
+    module_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def for_module(self, name: str) -> QuantizeConfig:
+        return self.config._with(self.module_overrides.get(name, {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``quantization_config`` of ``config.json``."""
+        from precal_ext._version import __version__
+
+        c = self.config
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": _C.FORMAT_VERSION,
+            "precal_version": __version__,
+            "recipe": c.recipe,
+            "bits": c.bits,
+            "group_size": c.group_size,
+            "c": c.c,
+            "grid": c.grid,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "module_overrides": {name: dict(fields) for name, fields in self.module_overrides.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelFormat:
+        """Read a ``quantization_config``; it comes from a file and is not trusted.
+
+        Raises:
+            ValueError: another method, a newer format, or a field that breaks its contract.
+        """
+        method, version = data.get("quant_method"), data.get("format_version")
+        _check("quant_method", method, method == QUANT_METHOD, f"{QUANT_METHOD!r}")
+        contract = f"{_C.FORMAT_VERSION}; install a precal that knows this format"
+        _check("format_version", version, _is_int(version) and version == _C.FORMAT_VERSION, contract)
+        config = QuantizeConfig(**{k: data[k] for k in ("recipe", "bits", "group_size", "c", "grid") if k in data})
+        skipped = data.get("modules_to_not_convert") or []
+        good = isinstance(skipped, (list, tuple)) and all(isinstance(name, str) for name in skipped)
+        _check("modules_to_not_convert", skipped, good, "a list of module names")
+        overrides = data.get("module_overrides") or {}
+        good = isinstance(overrides, Mapping) and all(isinstance(v, Mapping) for v in overrides.values())
+        _check("module_overrides", overrides, good, "a mapping from module name to fields")
+        for name, fields in overrides.items():
+            for key in fields:
+                _check(f"module_overrides[{name!r}]", key, key in MODULE_FIELDS, f"a field out of {MODULE_FIELDS}")
+            config._with(fields)
+        return cls(config, tuple(skipped), overrides)

@@ -1,0 +1,169 @@
+"""PrecalLinear: buffers under the checkpoint's own names, one op call in forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precal_ext import ops as _ops  # noqa: F401  registers torch.ops.precal
+from precal_ext.qtensor import QTensor, WeightSpec
+
+
+class PrecalLinear(nn.Module):
+    """A linear layer with a quantized weight: y = x @ W'.T + bias.
+
+    Before ``prepack`` the module holds the tensors of a checkpoint under the checkpoint's names, so that any loader can
+    fill them. ``prepack`` turns them into the device's tile order, in place of the originals: one copy stays resident.
+    ``state_dict`` gives the checkpoint's tensors back, byte for byte, and ``load_state_dict`` prepacks again. None of
+    the buffers changes its dtype under ``.half()``, ``.to(dtype)`` and the like: they are a storage format.
+
+    Args:
+        spec: shapes and format of the weight.
+        bias: whether there is a bias (a Parameter in the model's dtype).
+        dtype: of the bias; it, and the activations, may be float32, float16 or bfloat16.
+    """
+
+    def __init__(
+        self,
+        spec: WeightSpec,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.K, spec.N
+        self._register_canonical(device)
+        self.register_buffer("prepacked", None, persistent=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(spec.N, device=device, dtype=dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    def _register_canonical(self, device: torch.device | str | None) -> None:
+        for key, (tensor_dtype, shape) in self.spec.tensors().items():
+            self.register_buffer(key, torch.zeros(shape, dtype=tensor_dtype, device=device))
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None) -> PrecalLinear:
+        """A ready module from a quantized weight; ``bias`` [N] is kept as it is."""
+        module = cls(q.spec, bias=False, device="meta")
+        for key, tensor in q.tensors.items():
+            module._buffers[key] = tensor
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        module.prepack()
+        return module
+
+    # ---- the two forms ---------------------------------------------------------------------------------------------
+    @property
+    def is_prepacked(self) -> bool:
+        return self.prepacked is not None
+
+    def prepack(self, check: bool = True) -> PrecalLinear:
+        """Validate the checkpoint's tensors and replace them by the tile order. Nothing happens the second time.
+
+        Raises:
+            ValueError: a tensor is missing or its values break the format (``QTensor.validate``).
+        """
+        if self.is_prepacked:
+            return self
+        q = self.qtensor()
+        if check:
+            q.validate(type(self).__name__)
+        self.prepacked = q.prepack()
+        for key in self.spec.tensors():
+            self._buffers[key] = None
+        return self
+
+    def qtensor(self) -> QTensor:
+        """The weight in the checkpoint's form; a copy once the module is prepacked."""
+        if self.is_prepacked:
+            return QTensor.from_prepacked(self.spec, self.prepacked)
+        return QTensor(self.spec, {key: self._buffers[key] for key in self.spec.tensors()})
+
+    def dequantize(self) -> Tensor:
+        """W' as float32 [N, K]."""
+        return self.qtensor().dequantize()
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError(
+            "PrecalLinear keeps no dense weight; use .dequantize() for a float32 copy, or .qtensor() for what is stored"
+        )
+
+    # ---- use -------------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Tensor:
+        if self.prepacked is None:
+            raise RuntimeError("PrecalLinear: call .prepack() once after filling the buffers by hand")
+        # The op itself, not its wrapper: it is what torch.compile and export keep in the graph.
+        return torch.ops.precal.linear(x, self.prepacked, self.bias, *self.spec.op_arguments())
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        kind = "split" if s.split else "uniform" if s.uniform else "grid"
+        return (
+            f"in_features={s.K}, out_features={s.N}, bias={self.bias is not None}, bits={s.bits}, "
+            f"group_size={s.group_size}, c={s.c}, {kind}, {s.scale_dtype}"
+        )
+
+    # ---- torch's plumbing ------------------------------------------------------------------------------------------
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrecalLinear:
+        """Moves buffers between devices but never casts them; a change of device type goes through the checkpoint's
+        form, because the tile order is the device's own."""
+        kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None}
+        if self.is_prepacked:
+            target = fn(torch.empty(0, dtype=torch.uint8, device=self.prepacked.device)).device
+            if target.type != self.prepacked.device.type:
+                kept = dict(self.qtensor().tensors)
+                kept["prepacked"] = None
+        # A cast function leaves integers alone, so an integer view of the same bytes is moved, not cast.
+        moved = {
+            key: None if tensor is None else fn(tensor.view(torch.int16)).view(tensor.dtype) if _is_float(tensor) else fn(tensor)
+            for key, tensor in kept.items()
+        }
+        for key in moved:
+            self._buffers[key] = None
+        super()._apply(fn, recurse)
+        self._buffers.update(moved)
+        if "prepacked" in moved and moved["prepacked"] is None and moved["weight_packed"].device.type != "meta":
+            self.prepack(check=False)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_prepacked:
+            for key, tensor in self.qtensor().tensors.items():
+                destination[prefix + key] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        given = [key for key in self.spec.tensors() if prefix + key in state_dict]
+        if not given and not strict:
+            return super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        before = dict(self._buffers)
+        device = self.prepacked.device if self.is_prepacked else self.weight_packed.device
+        if self.is_prepacked:
+            self.prepacked = None
+            self._register_canonical(device)
+        errors: list[str] = rest[2]
+        count = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        if len(errors) > count or len(given) < len(self.spec.tensors()):
+            self._buffers.update(before)
+            return None
+        if self.weight_packed.device.type != "meta":
+            try:
+                self.prepack()
+            except ValueError as error:
+                self._buffers.update(before)
+                errors.append(f"{prefix.rstrip('.')}: {error}")
+        return None
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)

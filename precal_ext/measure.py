@@ -1,0 +1,120 @@
+"""What quantization did to a weight: SQNR in dB, KL in nats, bits. The figures of the report and the checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precal_ext import ops
+from precal_ext.qtensor import QTensor
+
+_ROWS_AT_ONCE = 1 << 20  # weights, so that float64 copies stay small
+MAX_BINS, MIN_BINS = 2048, 256
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one tensor.
+
+    Args:
+        sqnr_db: 10 log10(|W|^2 / |W - W'|^2), dB; inf when exact.
+        kl_nats: KL(P_w || P_w') of the dense weights in units of their scales; see ``kl_nats``.
+        bits_per_weight: all stored tensors of the weight over its elements.
+        salient_share: outliers over elements.
+        power, noise: |W|^2 and |W - W'|^2, for pooling.
+    """
+
+    sqnr_db: float
+    kl_nats: float
+    bits_per_weight: float
+    salient_share: float
+    power: float
+    noise: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sqnr_db(power: float, noise: float) -> float:
+    """10 log10(power / noise); inf without noise, nan without power and with noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power > 0 else math.nan
+
+
+def measure(w: Tensor, q: QTensor) -> Figures:
+    """Compare a weight [N, K] with its quantized form."""
+    restored = q.dequantize()
+    power = noise = 0.0
+    step = max(1, _ROWS_AT_ONCE // max(1, q.spec.K))
+    for first in range(0, q.spec.N, step):
+        original = w[first : first + step].double()
+        power += float(original.square().sum())
+        noise += float((original - restored[first : first + step]).square().sum())
+    mask = outlier_mask(q)
+    share = 0.0 if mask is None else float(mask.sum()) / max(1, mask.numel())
+    return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)
+
+
+def outlier_mask(q: QTensor) -> Tensor | None:
+    """bool [N, K] of the positions stored as outliers, or None when the format has none."""
+    spec = q.spec
+    if spec.split:
+        bits = q.tensors["weight_outlier_mask"][:, :, None] >> torch.arange(8, dtype=torch.uint8)
+        return (bits & 1).bool().reshape(spec.N, -1)[:, : spec.K]
+    if not spec.c:
+        return None
+    from precal_ext import _C
+
+    index = q.tensors["weight_outlier_index"].long()
+    starts = torch.tensor([begin for begin, _ in _C.outlier_blocks(spec.K)])
+    used = q.tensors["weight_outlier_value"] != 0
+    mask = torch.zeros(spec.N, spec.K, dtype=torch.bool)
+    rows = torch.arange(spec.N)[:, None, None].expand_as(index)
+    mask[rows[used], (index + starts[None, :, None])[used]] = True
+    return mask
+
+
+def level_range(uniform: bool, bits: int) -> float:
+    """Half-width of the histogram in units of levels: twice the largest level, a power of two, so that cells of int8
+    levels fall on bin edges."""
+    return float(2**bits) if uniform else 256.0
+
+
+def scale_amplitude(scale: Tensor, row_scale: Tensor) -> Tensor:
+    """float32 [N, G]: what one level is worth, row_scale * scale."""
+    values = scale.view(torch.float8_e4m3fn).float() if scale.dtype == torch.uint8 else scale.float()
+    return row_scale.float()[:, None] * values
+
+
+def kl_nats(w: Tensor, q: QTensor) -> float:
+    """KL(P_w || P_w'), the estimator of docs/method.md.
+
+    P_w is the histogram of w / (row_scale * scale), outliers left out, over twice the range of the levels; P_w' spreads
+    each code's mass over its decision cell (``ops.spread_codes``). The number of bins is the power of two nearest below
+    a 32nd of the number of weights, between 256 and 2048: an empty tensor has 0 nats, a small one a positive bias of
+    about bins / (2 * weights).
+    """
+    spec = q.spec
+    bins = MIN_BINS
+    while bins < MAX_BINS and bins * 2 * 32 <= spec.N * spec.K:
+        bins *= 2
+    half = level_range(spec.uniform, spec.bits)
+    mask = outlier_mask(q)
+    counts = torch.zeros(bins, dtype=torch.int64)
+    parts = [("weight_scale", mask)] if mask is not None else [("weight_scale", None)]
+    if spec.split and mask is not None:
+        parts.append(("weight_outlier_scale", ~mask))
+    for key, leave_out in parts:
+        divisor = scale_amplitude(q.tensors[key], q.tensors["weight_row_scale"])
+        x = w if leave_out is None else w.masked_fill(leave_out, math.nan)
+        weight = (divisor != 0).long()
+        counts += ops.histogram(x.contiguous(), bins, -half, half, divisor, weight, spec.group_size)[0]
+    grid = q.tensors.get("weight_grid")
+    if grid is None:
+        grid = torch.arange(2**spec.bits, dtype=torch.int16).sub(2 ** (spec.bits - 1)).clamp(min=-127).to(torch.int8)
+    return float(ops.kl_divergence(counts, ops.spread_codes(counts, -half, half, grid)))

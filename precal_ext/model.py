@@ -1,0 +1,234 @@
+"""Models in memory: replace linears in place, save, load."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precal_ext.checkpoint import MAX_SHARD_BYTES, CheckpointError, ShardWriter, appearing_at_once, read_config, read_index, read_tensor
+from precal_ext.config import ModelFormat, QuantizeConfig
+from precal_ext.convert import entry
+from precal_ext.linear import PrecalLinear
+from precal_ext.qtensor import WeightSpec
+from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
+from precal_ext.report import Entry, Report
+from precal_ext.select import Decision, SelectionError, decide, model_format
+
+FORMAT_ATTRIBUTE = "precal_format"
+
+
+def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Report:
+    """Replace the linear layers of a model by ``PrecalLinear``, in place.
+
+    The choice is that of ``precal quantize``: every ``nn.Linear`` but output heads, tied weights and routers, with
+    ``include`` and ``exclude`` of the config; fusion sets share settings and grid. The result is the same, bit for bit.
+
+    Args:
+        model: any module on the CPU; a transformers model can be saved with ``save_pretrained`` afterwards.
+    Returns:
+        The report: every linear, what was done, why, with figures.
+    Raises:
+        SelectionError: nothing to quantize.  ValueError, TypeError: a weight cannot be quantized.
+    """
+    config = config or QuantizeConfig()
+    started = time.monotonic()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    decisions = decide(linears, config, _heads(model, linears), _tied(model, linears))
+    chosen = [d for d in decisions if d.quantized]
+    if not chosen:
+        raise SelectionError("quantize_model: the model must have linear layers to quantize, got none")
+    sets: dict[str, list[Decision]] = {}
+    for d in chosen:
+        sets.setdefault(d.fusion_set, []).append(d)
+    report = Report(config, notes=["linear layers found in the model"])
+    grids = {
+        name: _fit([linears[d.module] for d in members], config.for_module(members[0].module))
+        for name, members in sets.items()
+    }
+    for d in decisions:
+        module = linears[d.module]
+        report.bytes_before += module.weight.nbytes
+        dtype = str(module.weight.dtype).removeprefix("torch.")
+        if not d.quantized:
+            report.entries.append(Entry(f"{d.module}.weight", "keep", d.reason, tuple(module.weight.shape), dtype))
+            report.bytes_after += module.weight.nbytes
+            continue
+        settings = config.for_module(d.module)
+        w = _weight(module)
+        q = quantize_weight(w, settings, grids[d.fusion_set])
+        report.entries.append(entry(d, settings, w, q, dtype))
+        report.bytes_after += q.spec.stored_bits() // 8
+        _replace(model, d.module, PrecalLinear.from_qtensor(q, module.bias))
+    attach_format(model, model_format(decisions, config))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _fit(modules: list[nn.Linear], settings: QuantizeConfig) -> Tensor | None:
+    share = max(1, SAMPLE // len(modules))
+    return fit_set_grid([sample_rows(_weight(m), share) for m in modules], settings)
+
+
+def _weight(module: nn.Linear) -> Tensor:
+    w = module.weight.detach().contiguous()
+    return w.float() if w.dtype == torch.float64 else w
+
+
+def _heads(model: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name for name, m in linears.items() if m is head}
+
+
+def _tied(model: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
+    """Linears whose weight is also a parameter of another module."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {name for name, m in linears.items() if owners[id(m.weight)] > 1}
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def attach_format(model: nn.Module, fmt: ModelFormat) -> None:
+    """Remember how a model is quantized, where saving looks for it."""
+    setattr(model, FORMAT_ATTRIBUTE, fmt)
+    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
+        from precal_ext.integrations.transformers import attach
+
+        attach(model, fmt)
+
+
+def swap_linears(model: nn.Module, fmt: ModelFormat, device: torch.device | str | None = None) -> list[str]:
+    """Put an empty ``PrecalLinear`` in place of every linear that the format converts; returns their names.
+
+    Args:
+        device: where the empty buffers go; None: where the linear's weight is.
+    """
+    swapped = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or name in fmt.modules_to_not_convert:
+            continue
+        spec = WeightSpec.from_config(module.out_features, module.in_features, fmt.for_module(name))
+        where = module.weight.device if device is None else device
+        dtype = None if module.bias is None else module.bias.dtype
+        _replace(model, name, PrecalLinear(spec, module.bias is not None, where, dtype))
+        swapped.append(name)
+    return swapped
+
+
+def save_quantized(model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a quantized model as a directory that ``load_quantized``, transformers and servers read.
+
+    Safetensors (the same bytes as ``precal quantize`` writes for the same weights) and ``config.json``. Tied weights
+    are written once. Tokenizers are not part of a model: save them beside it.
+
+    Raises:
+        ValueError: the model was not quantized by precal.  CheckpointError: ``out`` cannot be written.
+    """
+    fmt = getattr(model, FORMAT_ATTRIBUTE, None)
+    if not isinstance(fmt, ModelFormat):
+        raise ValueError("save_quantized: model must be quantized by quantize_model or load_quantized, got one that is not")
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        tensors[name] = tensor
+    hf_config = getattr(model, "config", None)
+    data: dict[str, Any] = hf_config.to_dict() if hf_config is not None and hasattr(hf_config, "to_dict") else {}
+    with appearing_at_once(Path(out), overwrite) as staging:
+        writer = ShardWriter(staging, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, max_shard_bytes)
+        try:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor.cpu())
+            writer.finish()
+        finally:
+            writer.close()
+        text = json.dumps({**data, "quantization_config": fmt.to_dict()}, indent=2, ensure_ascii=False)
+        (staging / "config.json").write_text(text + "\n", encoding="utf-8")
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and hasattr(generation, "save_pretrained"):
+            generation.save_pretrained(staging)
+
+
+def load_quantized(path: str | Path, model: nn.Module | None = None, **kwargs: Any) -> nn.Module:
+    """Load a directory written by ``precal quantize`` or ``save_quantized``.
+
+    Args:
+        model: a module of the right architecture whose linears are replaced and filled; None builds it with
+            transformers (``AutoModelForCausalLM.from_pretrained``), to which ``kwargs`` go.
+    Returns:
+        The model, in eval mode, ready to run.
+    Raises:
+        CheckpointError: files are missing, damaged or do not fit the model.
+    """
+    folder = Path(path)
+    fmt = read_format(folder)
+    if model is None:
+        try:
+            import transformers
+        except ImportError:
+            raise CheckpointError(
+                f"{folder}: building the model needs transformers; pip install 'precal[hf]', or pass model="
+            ) from None
+        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        return loaded
+    if kwargs:
+        raise TypeError(f"load_quantized: keyword arguments must go with model=None, got {', '.join(kwargs)}")
+    swap_linears(model, fmt)
+    index = read_index(folder)
+    expected = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    for name, info in index.items():
+        if name not in expected:
+            raise CheckpointError(f"{info.file}: {name} must belong to the model, got no such parameter or buffer")
+        if info.shape != expected[name][1] or (_is_stored(name) and info.dtype != expected[name][0]):
+            raise CheckpointError(
+                f"{info.file}: {name} must be {expected[name][0]} {list(expected[name][1])}, got {info.dtype} {list(info.shape)}"
+            )
+    _fill(model, {name: read_tensor(info) for name, info in index.items()}, folder)
+    attach_format(model, fmt)
+    return model.eval()
+
+
+def _is_stored(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return leaf.startswith("weight_")
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        missing, _ = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: tensors must fit the model, got: {error}") from None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(parameters[name]) for name in tensors if name in parameters}
+    absent = [name for name in missing if name not in parameters or id(parameters[name]) not in filled]
+    if absent:
+        raise CheckpointError(f"{folder}: every tensor of the model must be there, got none for {', '.join(absent[:4])}")
+    for name, module in model.named_modules():
+        if isinstance(module, PrecalLinear) and not module.is_prepacked:
+            raise CheckpointError(f"{folder}: {name} must have all of its tensors, got only a part of them")
+
+
+def read_format(folder: Path) -> ModelFormat:
+    """The ``quantization_config`` of a model directory, checked."""
+    data = read_config(folder).get("quantization_config")
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{folder}: must be a model quantized by precal, got a config.json without quantization_config")
+    try:
+        return ModelFormat.from_dict(data)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None

@@ -1,0 +1,109 @@
+"""Weight -> QTensor: fit a grid for a fusion set, quantize its members. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from precal_ext import ops
+from precal_ext.config import QuantizeConfig
+from precal_ext.grids import constant_grid
+from precal_ext.measure import MAX_BINS, level_range, scale_amplitude
+from precal_ext.qtensor import QTensor, WeightSpec
+from precal_ext.salience import salient
+
+# Weights of a fusion set that the grid is fitted on; 2**20 put the sampling error of a level far below one step.
+SAMPLE = 1 << 20
+# A group's weight in the pooled histogram, an integer so that sums do not depend on their order.
+_WEIGHT_ONE = 1 << 16
+
+
+def sample_rows(w: Tensor, limit: int) -> Tensor:
+    """Evenly spaced rows with about ``limit`` weights in all, at least one row; deterministic."""
+    N, K = w.shape
+    rows = max(1, min(N, limit // max(1, K)))
+    if rows >= N:
+        return w
+    return w[torch.arange(rows) * N // rows].contiguous()
+
+
+def fit_set_grid(weights: Sequence[Tensor], config: QuantizeConfig) -> Tensor | None:
+    """One grid for all weights of a fusion set, or None when the recipe has none.
+
+    The constant grid for Gaussian groups is refined ``fit_rounds`` times: quantize with it, pool the histograms of
+    w / (row_scale * scale), each group counting by its squared scale, and minimise squared error + mu * KL on that.
+
+    Args:
+        weights: [N, K] each, or samples of rows of them.
+    Returns:
+        int8 [1, 2**bits], or None for a uniform grid.
+    """
+    if config.uniform:
+        return None
+    assert config.group_size is not None
+    grid = constant_grid(config.bits, config.group_size)
+    if config.grid == "constant":
+        return grid
+    for _ in range(config.fit_rounds):
+        counts = _pooled_counts(weights, grid, config)
+        grid = ops.fit_grid(counts, -level_range(False, config.bits), level_range(False, config.bits), grid, config.mu, 1)
+    return grid
+
+
+def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConfig) -> Tensor:
+    half = level_range(False, config.bits)
+    pieces = []
+    for w in weights:
+        q = quantize_weight(w, config, grid)
+        pieces.append((w, scale_amplitude(q.tensors["weight_scale"], q.tensors["weight_row_scale"]), q))
+    squares = [amplitude.double().square() for _, amplitude, _ in pieces]
+    total = sum(int(s.numel()) for s in squares)
+    mean = sum(float(s.sum()) for s in squares) / max(1, total)
+    counts = torch.zeros(MAX_BINS, dtype=torch.int64)
+    if mean == 0:
+        return counts
+    for (w, amplitude, q), square in zip(pieces, squares, strict=True):
+        # At most 2**31 a group, so that 2**32 weights of one bin fit in int64.
+        weight = (square / mean * _WEIGHT_ONE).round().clamp(max=2.0**31).long()
+        counts += ops.histogram(w, MAX_BINS, -half, half, amplitude, weight, q.spec.group_size)[0]
+    return counts
+
+
+def quantize_weight(w: Tensor, config: QuantizeConfig, grid: Tensor | None) -> QTensor:
+    """Quantize one weight with the settings of its module and the grid of its fusion set.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, finite, contiguous.
+        grid: int8 [1, 2**bits] from ``fit_set_grid``, None for uniform.
+    Raises:
+        ValueError, TypeError: as ``ops.quantize_groups``.
+    """
+    spec = WeightSpec.from_config(int(w.shape[0]), int(w.shape[1]), config)
+    tensors: dict[str, Tensor] = {}
+    if spec.split:
+        mask = salient(w, config.alpha, config.scope, spec.group_size, config.normalize)
+        codes, scale, row_scale, outlier_scale, outlier_mask = ops.quantize_split(w, mask, spec.bits, spec.group_size)
+        tensors = {"weight_outlier_scale": outlier_scale, "weight_outlier_mask": outlier_mask}
+    else:
+        baseline = config.recipe == "rtn"
+        codes, scale, row_scale, index, value = ops.quantize_groups(
+            w,
+            grid,
+            spec.bits,
+            spec.group_size,
+            spec.c,
+            scale_dtype=spec.scale_dtype,
+            symmetric=baseline,
+            search_lo=1.0 if baseline else 0.6,
+            search_hi=1.0 if baseline else 1.1,
+        )
+        if spec.c:
+            tensors = {"weight_outlier_index": index, "weight_outlier_value": value}
+    tensors["weight_packed"] = ops.pack(codes, spec.bits)
+    tensors["weight_scale"], tensors["weight_row_scale"] = scale, row_scale
+    if grid is not None:
+        tensors["weight_grid"] = grid
+    tensors["weight_shape"] = torch.tensor([spec.N, spec.K], dtype=torch.int64)
+    return QTensor(spec, {key: tensors[key] for key in spec.tensors()})

@@ -1,0 +1,136 @@
+"""What was done to every tensor, with figures; it is returned, printed, and stored beside the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from precal_ext._version import __version__
+from precal_ext.config import QuantizeConfig
+from precal_ext.measure import Figures, sqnr_db
+
+REPORT_NAME = "precal_report.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor. ``figures`` and ``settings`` are None unless it was quantized."""
+
+    tensor: str
+    action: str  # "quantize", "keep" (a linear left alone) or "copy" (anything else)
+    reason: str
+    shape: tuple[int, ...]
+    dtype: str
+    fusion_set: str | None = None
+    settings: dict[str, Any] | None = None
+    figures: Figures | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "tensor": self.tensor,
+            "action": self.action,
+            "reason": self.reason,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+        }
+        if self.figures is not None:
+            data["fusion_set"] = self.fusion_set
+            data["settings"] = self.settings
+            # JSON has no infinity: an exact tensor has sqnr_db null.
+            data["figures"] = {k: v if math.isfinite(v) else None for k, v in self.figures.to_dict().items()}
+        return data
+
+
+@dataclass
+class Report:
+    """The result of quantizing a model."""
+
+    config: QuantizeConfig
+    entries: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def quantized(self) -> list[Entry]:
+        return [e for e in self.entries if e.figures is not None]
+
+    @property
+    def weights(self) -> int:
+        return sum(math.prod(e.shape) for e in self.quantized)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, all overhead counted."""
+        bits = sum(e.figures.bits_per_weight * math.prod(e.shape) for e in self.quantized if e.figures)
+        return bits / self.weights if self.weights else math.nan
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10 of the summed |W|^2 over the summed |W - W'|^2 of all quantized weights."""
+        figures = [e.figures for e in self.quantized if e.figures]
+        return sqnr_db(sum(f.power for f in figures), sum(f.noise for f in figures))
+
+    @property
+    def kl_nats(self) -> float:
+        """Mean KL of the quantized tensors, by number of weights."""
+        total = sum(e.figures.kl_nats * math.prod(e.shape) for e in self.quantized if e.figures)
+        return total / self.weights if self.weights else math.nan
+
+    def published_bits(self) -> float | None:
+        """The paper recipe's own count: bits + 32 / group_size + alpha * log2(group_size); None for the others."""
+        c = self.config
+        if not c.split or c.group_size is None or c.group_size < 1:
+            return None
+        return c.bits + 32 / c.group_size + c.alpha * math.log2(c.group_size)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "tensors_quantized": len(self.quantized),
+            "tensors": len(self.entries),
+            "weights_quantized": self.weights,
+            "bits_per_weight": _finite(self.bits_per_weight),
+            "published_bits_per_weight": self.published_bits(),
+            "sqnr_db": _finite(self.sqnr_db),
+            "kl_nats": _finite(self.kl_nats),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without times, so that the same input gives the same bytes."""
+        return {
+            "precal_version": __version__,
+            "config": self.config.to_dict(),
+            "summary": self.summary(),
+            "notes": self.notes,
+            "tensors": [e.to_dict() for e in self.entries],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def to_markdown(self) -> str:
+        """The table of ``OUT/README.md``."""
+        lines = [
+            "| tensor | shape | bits | group | c | bits/weight | SQNR dB | KL nats |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for e in self.quantized:
+            f, s = e.figures, e.settings or {}
+            assert f is not None
+            lines.append(
+                f"| `{e.tensor}` | {e.shape[0]} x {e.shape[1]} | {s['bits']} | {s['group_size']} | {s['c']} | "
+                f"{f.bits_per_weight:.3f} | {f.sqnr_db:.2f} | {f.kl_nats:.4f} |"
+            )
+        kept = [e for e in self.entries if e.action == "keep"]
+        if kept:
+            lines += ["", "Linear layers left as they are: " + "; ".join(f"`{e.tensor}` ({e.reason})" for e in kept) + "."]
+        return "\n".join(lines) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

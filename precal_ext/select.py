@@ -1,0 +1,253 @@
+"""Which modules of a model are quantized, why, and which of them servers fuse into one matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from precal_ext.config import MODULE_FIELDS, ModelFormat, QuantizeConfig
+
+logger = logging.getLogger("precal")
+
+# Left alone unless --include names them: the output head, and the routers of mixtures of experts, whose few weights
+# decide which experts run.
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|score|classifier)$|^(head|output)$")
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)(\.|$)")
+
+# Without transformers: the linear layers of the architectures whose names are known.
+_KNOWN_LINEARS = re.compile(
+    r"(^|\.)(q_proj|k_proj|v_proj|o_proj|qkv_proj|out_proj|gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|fc1|fc2"
+    r"|dense|dense_h_to_4h|dense_4h_to_h|query_key_value)$"
+)
+_KNOWN_ARCHITECTURES = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Gemma3", "Phi", "Phi3",
+        "OPT", "GPTNeoX", "Falcon", "StableLm", "Olmo", "Olmo2", "SmolLM3", "Granite", "Cohere", "Starcoder2",
+    )
+)  # fmt: skip
+
+# Siblings that servers load as one matrix.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
+class SelectionError(ValueError):
+    """No sensible choice of modules; the message says what to name."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one linear module.
+
+    Args:
+        module: its name.  action: "quantize" or "keep".  reason: why, in a few words.
+        fusion_set: name of the set it shares its grid and settings with; its own name when it is alone.
+    """
+
+    module: str
+    action: str
+    reason: str
+    fusion_set: str
+
+    @property
+    def quantized(self) -> bool:
+        return self.action == "quantize"
+
+
+def fusion_set_of(module: str) -> str:
+    """The name of a module's fusion set: siblings of the table, and all experts of a layer."""
+    parent, _, leaf = module.rpartition(".")
+    for names in _FUSED:
+        if leaf in names:
+            leaf = "(" + ",".join(names) + ")"
+    name = f"{parent}.{leaf}" if parent else leaf
+    return _EXPERT.sub(r"\1experts.*.", name)
+
+
+def decide(
+    linears: Iterable[str], config: QuantizeConfig, heads: Collection[str] = (), tied: Collection[str] = ()
+) -> list[Decision]:
+    """Choose among the linear modules of a model.
+
+    Args:
+        linears: names of all modules that compute x @ W.T.
+        heads: those known to be output heads.  tied: those that share their weight with another module.
+    Raises:
+        SelectionError: ``include`` names a tied module, or a fusion set would get unequal settings.
+    """
+    decisions = []
+    for name in linears:
+        included = _first_match(config.include, name)
+        excluded = _first_match(config.exclude, name)
+        keep = ""
+        if excluded is not None:
+            keep = f"excluded by {excluded!r}"
+        elif name in tied:
+            if included is not None:
+                raise SelectionError(
+                    f"select: {name} must not be included, it shares its weight with the embedding; untie the model first"
+                )
+            keep = "shares its weight with the embedding"
+        elif included is None and (name in heads or _HEAD.search(name)):
+            keep = "output head"
+        elif included is None and _ROUTER.search(name):
+            keep = "router"
+        reason = keep or (f"included by {included!r}" if included is not None else "linear layer")
+        decisions.append(Decision(name, "keep" if keep else "quantize", reason, fusion_set_of(name)))
+    _check_sets(decisions, config)
+    return decisions
+
+
+def _first_match(patterns: Sequence[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if re.search(pattern, name)), None)
+
+
+def _module_fields(config: QuantizeConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in MODULE_FIELDS}
+
+
+def _check_sets(decisions: Sequence[Decision], config: QuantizeConfig) -> None:
+    settings: dict[str, tuple[str, dict[str, Any]]] = {}
+    for d in decisions:
+        if not d.quantized:
+            continue
+        fields = _module_fields(config.for_module(d.module))
+        first, expected = settings.setdefault(d.fusion_set, (d.module, fields))
+        if fields != expected:
+            raise SelectionError(
+                f"select: {d.module} and {first} must share their settings, servers fuse them into one matrix; "
+                f"got {fields} and {expected}. Write the override so that it matches both"
+            )
+
+
+def model_format(
+    decisions: Sequence[Decision],
+    config: QuantizeConfig,
+    absent: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+) -> ModelFormat:
+    """What ``config.json`` says of these decisions.
+
+    Args:
+        absent: linear modules of the model without a weight of their own in the checkpoint (a tied head).
+        names: checkpoint name -> name in the model, where they differ.
+    """
+    names = names or {}
+    base = config._with({})
+    overrides = {}
+    for d in decisions:
+        fields = _module_fields(config.for_module(d.module))
+        if d.quantized and fields != _module_fields(base):
+            overrides[names.get(d.module, d.module)] = {k: v for k, v in fields.items() if v != getattr(base, k)}
+    kept = [names.get(d.module, d.module) for d in decisions if not d.quantized]
+    return ModelFormat(base, tuple(dict.fromkeys([*kept, *sorted(absent)])), overrides)
+
+
+# ---- the linear modules of a checkpoint -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearModules:
+    """Linear modules found for a checkpoint, by checkpoint name, and how they were found.
+
+    Args:
+        names: those whose weight is a matrix of the checkpoint, in its order.
+        heads, tied: the output heads, and those that share their weight, among them.
+        absent: linears of the model without a weight of their own in the checkpoint, by name in the model.
+        model_names: checkpoint name -> name in the model, where they differ.
+        source: how they were found.
+    """
+
+    names: tuple[str, ...]
+    heads: frozenset[str]
+    tied: frozenset[str]
+    absent: frozenset[str]
+    model_names: Mapping[str, str]
+    source: str
+
+
+def find_linears(
+    folder: Path, model_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], config: QuantizeConfig
+) -> LinearModules:
+    """Linear modules of a model directory whose weight is a matrix of the checkpoint.
+
+    On transformers' model, built without memory on the meta device, when it is installed and knows the architecture;
+    else by name for the architectures of a list; else by ``include`` alone.
+
+    Raises:
+        SelectionError: unknown architecture and no ``include``.
+    """
+    matrices = {name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    found = _from_transformers(folder, matrices)
+    if found is None:
+        architectures = [str(a) for a in model_config.get("architectures") or []]
+        names: set[str] = set()
+        source = "include"
+        if any(a in _KNOWN_ARCHITECTURES for a in architectures):
+            names = {name for name in matrices if _KNOWN_LINEARS.search(name)}
+            source = "name patterns"
+        elif not config.include:
+            raise SelectionError(
+                f"select: the architecture must be known, got {', '.join(architectures) or 'none'}; install precal[hf], or "
+                "name the linear layers with --include REGEX (matrices: " + ", ".join(sorted(matrices)[:4]) + ", ...)"
+            )
+        head = {"lm_head"}
+        tied = head if model_config.get("tie_word_embeddings") else set()
+        names |= head & matrices
+        found = LinearModules(
+            tuple(names), frozenset(head & matrices), frozenset(tied & matrices), frozenset(head - matrices), {}, source
+        )
+    extra = {name for name in matrices - set(found.names) if _first_match(config.include, name) is not None}
+    order = {name: i for i, name in enumerate(shapes)}
+    names_in_order = sorted(set(found.names) | extra, key=lambda n: order[n + ".weight"])
+    return dataclasses.replace(found, names=tuple(names_in_order))
+
+
+def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None:
+    try:
+        import transformers
+    except ImportError:
+        return None
+    import torch
+
+    try:
+        hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    except Exception as error:  # whatever a model's own code raises: the caller has another way
+        logger.warning("transformers %s cannot build this model (%s); choosing by name", transformers.__version__, error)
+        return None
+    prefix = model.base_model_prefix + "."
+    head = model.get_output_embeddings()
+    tied_keys = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names, heads, tied, absent, model_names = set(), set(), set(), set(), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        # Checkpoints of a base model lack its prefix.
+        stored = name if name in matrices else name.removeprefix(prefix)
+        if stored not in matrices:
+            absent.add(name)
+            continue
+        names.add(stored)
+        if stored != name:
+            model_names[stored] = name
+        if module is head:
+            heads.add(stored)
+        if f"{name}.weight" in tied_keys:
+            tied.add(stored)
+    return LinearModules(
+        tuple(names), frozenset(heads), frozenset(tied), frozenset(absent), model_names, "transformers"
+    )
