@@ -1,0 +1,337 @@
+"""The ``precal`` command.
+
+Exit codes: 0 done; 1 failed for a reason of its own (a traceback follows); 2 wrong usage; 3 the input or output was
+refused, with the reason on stderr; 130 interrupted; 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from precal_ext._version import __version__
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
+
+EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="precal", description="4- and 3-bit weights for Hugging Face language models, without data.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"precal {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG)
+        sub.set_defaults(run=run)
+        return sub
+
+    q = command("quantize", _quantize, "quantize a model directory or hub name without data")
+    q.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
+    q.add_argument("out", metavar="OUT", help="new directory for the quantized model")
+    _config_options(q)
+    q.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    q.add_argument("--quiet", action="store_true", help="no progress")
+    q.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    e = command("eval", _eval, "perplexity of a model on a text, and how far it is from a reference")
+    e.add_argument("model", metavar="DIR", help="model directory, quantized or not")
+    e.add_argument("--text", required=True, metavar="FILE", help='text file, or .jsonl with a "text" field')
+    e.add_argument("--reference", metavar="MODEL", help="report KLD and top-1 agreement with this model")
+    e.add_argument("--window", type=_positive, default=256, metavar="N", help="tokens per window (default 256)")
+    e.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows")
+    e.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    g = command("generate", _generate, "continue a prompt")
+    g.add_argument("model", metavar="DIR", help="model directory, quantized or not")
+    g.add_argument("prompt", metavar="PROMPT")
+    g.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    g.add_argument("--temperature", type=_not_negative, default=0.0, metavar="T", help="0 (default) is greedy")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+    g.add_argument("--json", action="store_true", help="print text and speed as JSON")
+
+    d = command("demo", _demo, "quantize a model to 4 and 3 bits and compare: size, loss, speed, text")
+    d.add_argument("model", metavar="MODEL", nargs="?", help="model directory (default: the embedded one)")
+    d.add_argument("--text", metavar="FILE", help="text to measure on (default: the embedded one)")
+    d.add_argument("--prompt", default="The old man looked at the sea, and", metavar="TEXT", help="prompt to continue")
+    d.add_argument("--out", metavar="DIR", help="keep the quantized models here")
+    return parser
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings (defaults are those of the recipe)")
+    group.add_argument("--bits", type=int, metavar="N", help="bits of a weight, 2 to 8 (default 4)")
+    group.add_argument("--recipe", choices=("precal", "paper", "rtn"), help="method (default precal)")
+    group.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale; -1: a row (default 64)")
+    group.add_argument("--outliers", type=int, metavar="C", dest="c", help="16-bit outliers per 256 weights (default 1)")
+    group.add_argument("--grid", choices=("fitted", "constant", "uniform"), help="levels (default fitted)")
+    group.add_argument("--alpha", type=float, metavar="SHARE", help="paper recipe: share of salient weights (default 0.05)")
+    group.add_argument("--include", action="append", metavar="REGEX", help="quantize these modules too; repeatable")
+    group.add_argument("--exclude", action="append", metavar="REGEX", help="leave these modules alone; repeatable")
+    group.add_argument("--config", metavar="FILE", help="settings as JSON; options override it")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
+    return value
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from precal_ext.config import QuantizeConfig
+
+    fields: dict[str, Any] = {}
+    if args.config is not None:
+        path = Path(args.config)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise Refused(f"{path}: must be a JSON file with settings, got: {error}") from None
+        if not isinstance(fields, dict):
+            raise Refused(f"{path}: must hold a JSON object, got {type(fields).__name__}")
+    for name in ("bits", "recipe", "group_size", "c", "grid", "alpha", "include", "exclude"):
+        value = getattr(args, name)
+        if value is not None:
+            fields[name] = value
+    return QuantizeConfig.from_dict(fields)
+
+
+class Refused(ValueError):
+    """Input or output that cannot be used."""
+
+
+def _resolve_model(name: str) -> Path:
+    """A directory, or the local copy of a hub name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
+        raise Refused(f"{name}: must be a model directory or a hub name, got nothing there")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise Refused(f"{name}: must be a model directory; for hub names pip install 'precal[hf]'") from None
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # network, authentication, no such model: the hub's own words tell
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refused(f"{name}: must be a model directory or a hub name that answers, got: {reason}") from None
+
+
+class ProgressDisplay:
+    """tqdm on a terminal; elsewhere a plain line at the start and about every five seconds."""
+
+    INTERVAL = 5.0
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._bar: Any = None
+        self._started = time.monotonic()
+        self._printed = -self.INTERVAL
+
+    def __call__(self, p: Any) -> None:
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            if self._bar is None:
+                self._bar = tqdm(total=p.bytes_total, unit="B", unit_scale=True, file=self._stream, dynamic_ncols=True)
+            self._bar.set_description(f"{p.tensors_done}/{p.tensors} tensors", refresh=False)
+            self._bar.update(p.bytes_done - self._bar.n)
+            return
+        elapsed = time.monotonic() - self._started
+        if elapsed - self._printed < self.INTERVAL and p.tensors_done < p.tensors:
+            return
+        self._printed = elapsed
+        rate = p.bytes_done / max(elapsed, 1e-9)
+        left = (p.bytes_total - p.bytes_done) / max(rate, 1.0)
+        print(
+            f"{p.tensors_done}/{p.tensors} tensors, {p.bytes_done / 1e9:.2f} of {p.bytes_total / 1e9:.2f} GB, "
+            f"{rate / 1e9:.2f} GB/s, {left:.0f} s left",
+            file=self._stream,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from precal_ext.convert import load_lines, quantize_checkpoint
+
+    config = _config(args)
+    display = None if args.quiet else ProgressDisplay(sys.stderr)
+    try:
+        report = quantize_checkpoint(
+            _resolve_model(args.model), args.out, config, overwrite=args.overwrite, progress=display
+        )
+    finally:
+        if display is not None:
+            display.close()
+    if args.json:
+        print(json.dumps({"out": args.out, "seconds": report.seconds, **report.summary()}))
+        return EXIT_OK
+    kept = [e for e in report.entries if e.action == "keep"]
+    print(
+        f"{len(report.quantized)} of {len(report.entries)} tensors quantized in {report.seconds:.1f} s: "
+        f"{report.bits_per_weight:.3f} bits per weight, SQNR {report.sqnr_db:.2f} dB, KL {report.kl_nats:.4f} nats"
+    )
+    print(f"weight files: {report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB, in {args.out}")
+    if kept:
+        print("left alone: " + ", ".join(f"{e.tensor.removesuffix('.weight')} ({e.reason})" for e in kept))
+    print("load it with:")
+    for line in load_lines(args.out):
+        print("    " + line)
+    return EXIT_OK
+
+
+def _quiet_host() -> None:
+    """transformers' own bars and notices do not belong in the output of these commands."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from transformers.utils import logging as hf_logging
+    except ImportError:
+        return
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from precal_ext import evaluate as ev
+
+    _quiet_host()
+    model, tokenizer = ev.load(args.model)
+    reference = None
+    if args.reference is not None:
+        reference, other = ev.load(args.reference)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise Refused(f"{args.reference}: must have the tokenizer of {args.model}, got another vocabulary")
+    windows = ev.read_windows(tokenizer, Path(args.text), args.window, args.limit)
+    result = ev.evaluate(model, windows, reference)
+    if args.json:
+        print(json.dumps(result.to_dict()))
+        return EXIT_OK
+    print(f"perplexity {result.perplexity:.4f}  (NLL {result.nll_nats:.4f} +/- {result.nll_stderr:.4f} nats, {result.tokens} tokens)")
+    if result.kld_nats is not None:
+        print(f"KLD        {result.kld_nats:.5f} +/- {result.kld_stderr:.5f} nats per token from {args.reference}")
+        print(f"top-1      {result.top1:.2%} agreement")
+    return EXIT_OK
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from precal_ext import evaluate as ev
+
+    _quiet_host()
+    model, tokenizer = ev.load(args.model)
+    result = ev.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
+    if args.json:
+        print(json.dumps({"text": result.text, "new_tokens": result.new_tokens, "tokens_per_second": result.tokens_per_second}))
+    else:
+        print(result.text)
+        print(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} per second", file=sys.stderr)
+    return EXIT_OK
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from precal_ext import evaluate as ev
+    from precal_ext.config import QuantizeConfig
+    from precal_ext.convert import quantize_checkpoint
+
+    _quiet_host()
+    if args.model is None and not (DEMO / "llama-6m").is_dir():
+        raise Refused("demo: MODEL must be given, the embedded one is part of the source tree and not of the wheel")
+    model = DEMO / "llama-6m" if args.model is None else _resolve_model(args.model)
+    text = DEMO / "text.txt" if args.text is None else Path(args.text)
+    if not text.is_file():
+        raise Refused(f"{text}: must be a text file to measure on, got none; give --text FILE")
+    with tempfile.TemporaryDirectory(prefix="precal-demo-") as scratch:
+        folder = Path(args.out) if args.out is not None else Path(scratch)
+        reference, tokenizer = ev.load(model)
+        windows = ev.read_windows(tokenizer, text, ev.DEFAULT_WINDOW)
+        base_bits = 8.0 * next(reference.parameters()).element_size()
+        print(f"{model.name}: {sum(p.numel() for p in reference.parameters()):,} parameters, measured on {text.name}\n")
+        print(f"{'':10}{'weights':>10}{'bits/w':>8}{'SQNR dB':>9}{'perplexity':>12}{'KLD nats':>10}{'top-1':>8}{'tokens/s':>10}")
+        texts = []
+
+        def line(name: str, size: int, bits: float, sqnr: str, loaded: Any) -> None:
+            result = ev.evaluate(loaded, windows, None if loaded is reference else reference)
+            ev.generate(loaded, tokenizer, args.prompt, 4)  # warm up
+            written = ev.generate(loaded, tokenizer, args.prompt, 48)
+            texts.append((name, written.text))
+            kld = "-" if result.kld_nats is None else f"{result.kld_nats:.4f}"
+            top1 = "-" if result.top1 is None else f"{result.top1:.1%}"
+            print(
+                f"{name:10}{size / 1e6:>7.2f} MB{bits:>8.3f}{sqnr:>9}{result.perplexity:>12.3f}{kld:>10}{top1:>8}"
+                f"{written.tokens_per_second:>10.1f}",
+                flush=True,
+            )
+
+        size = sum(p.stat().st_size for p in model.glob("*.safetensors"))
+        line("original", size, base_bits, "-", reference)
+        for bits in (4, 3):
+            out = folder / f"{model.name}-{bits}bit"
+            report = quantize_checkpoint(model, out, QuantizeConfig(bits=bits), overwrite=True)
+            quantized, _ = ev.load(out)
+            line(f"{bits} bits", report.bytes_after, report.bits_per_weight, f"{report.sqnr_db:.2f}", quantized)
+    print("\nbits/w: of the quantized weights, everything counted; embeddings stay as they are")
+    for name, written_text in texts:
+        print(f"\n--- {name}\n{written_text}")
+    return EXIT_OK
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise SystemExit(EXIT_TERMINATED)  # unwinds, so that half-written output is removed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("precal: interrupted, nothing was left behind", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except (ValueError, TypeError) as error:
+        # CheckpointError, SelectionError, Refused and broken contracts: all say what was expected.
+        if os.environ.get("PRECAL_TRACEBACK"):
+            raise
+        print(f"precal: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"precal: {where}{error.strerror}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
