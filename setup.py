@@ -1,6 +1,6 @@
 """Hands the build over to CMake. Sources, flags and targets are in CMakeLists.txt; metadata is in pyproject.toml.
 
-Environment: PRECAL_CUDA=auto|0|1, PRECAL_CUDA_ARCHS="80;90a", PRECAL_WERROR=1, PRECAL_BUILD_DIR, CMAKE_BUILD_PARALLEL_LEVEL.
+Environment: PRECAL_CUDA=auto|0|1, PRECAL_CUDA_ARCHS="80;90a", PRECAL_WERROR=1, PRECAL_BUILD_DIR.
 """
 
 import os

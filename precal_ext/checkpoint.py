@@ -103,8 +103,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_NAME]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
-            f"{folder}: weights must be safetensors, got only pickled files, which may run code when opened; convert them "
-            "where you trust them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW)"
+            f"{folder}: weights must be safetensors, got only pickled files, which may run code when opened; "
+            "convert them where you trust them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW)"
         )
     raise CheckpointError(f"{folder}: must hold {WEIGHTS_NAME} or {INDEX_NAME}, got neither")
 
@@ -216,11 +216,12 @@ class ShardWriter:
         """Put one planned tensor in its place."""
         info = self._infos[name]
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape or name not in self._pending:
-            raise ValueError(f"write: {name} must be planned, {info.dtype} {info.shape}, once; got {tensor.dtype} {tuple(tensor.shape)}")
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"write: {name} must be {info.dtype} {info.shape} as planned, and come once; got {got}")
         file_name, offset = self._offsets[name]
         file = self._files[file_name]
         file.seek(offset)
-        file.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self._pending.discard(name)
 
     def finish(self) -> None:

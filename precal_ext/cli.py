@@ -75,9 +75,13 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bits", type=int, metavar="N", help="bits of a weight, 2 to 8 (default 4)")
     group.add_argument("--recipe", choices=("precal", "paper", "rtn"), help="method (default precal)")
     group.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale; -1: a row (default 64)")
-    group.add_argument("--outliers", type=int, metavar="C", dest="c", help="16-bit outliers per 256 weights (default 1)")
+    group.add_argument(
+        "--outliers", type=int, metavar="C", dest="c", help="16-bit outliers per 256 weights (default 1)"
+    )
     group.add_argument("--grid", choices=("fitted", "constant", "uniform"), help="levels (default fitted)")
-    group.add_argument("--alpha", type=float, metavar="SHARE", help="paper recipe: share of salient weights (default 0.05)")
+    group.add_argument(
+        "--alpha", type=float, metavar="SHARE", help="paper recipe: share of salient weights (default 0.05)"
+    )
     group.add_argument("--include", action="append", metavar="REGEX", help="quantize these modules too; repeatable")
     group.add_argument("--exclude", action="append", metavar="REGEX", help="leave these modules alone; repeatable")
     group.add_argument("--config", metavar="FILE", help="settings as JSON; options override it")
@@ -106,9 +110,9 @@ def _config(args: argparse.Namespace) -> Any:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise Refused(f"{path}: must be a JSON file with settings, got: {error}") from None
+            raise RefusedError(f"{path}: must be a JSON file with settings, got: {error}") from None
         if not isinstance(fields, dict):
-            raise Refused(f"{path}: must hold a JSON object, got {type(fields).__name__}")
+            raise RefusedError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
     for name in ("bits", "recipe", "group_size", "c", "grid", "alpha", "include", "exclude"):
         value = getattr(args, name)
         if value is not None:
@@ -116,7 +120,7 @@ def _config(args: argparse.Namespace) -> Any:
     return QuantizeConfig.from_dict(fields)
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """Input or output that cannot be used."""
 
 
@@ -126,17 +130,17 @@ def _resolve_model(name: str) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
-        raise Refused(f"{name}: must be a model directory or a hub name, got nothing there")
+        raise RefusedError(f"{name}: must be a model directory or a hub name, got nothing there")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise Refused(f"{name}: must be a model directory; for hub names pip install 'precal[hf]'") from None
+        raise RefusedError(f"{name}: must be a model directory; for hub names pip install 'precal[hf]'") from None
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, authentication, no such model: the hub's own words tell
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refused(f"{name}: must be a model directory or a hub name that answers, got: {reason}") from None
+        raise RefusedError(f"{name}: must be a model directory or a hub name that answers, got: {reason}") from None
 
 
 class ProgressDisplay:
@@ -227,13 +231,14 @@ def _eval(args: argparse.Namespace) -> int:
     if args.reference is not None:
         reference, other = ev.load(args.reference)
         if other.get_vocab() != tokenizer.get_vocab():
-            raise Refused(f"{args.reference}: must have the tokenizer of {args.model}, got another vocabulary")
+            raise RefusedError(f"{args.reference}: must have the tokenizer of {args.model}, got another vocabulary")
     windows = ev.read_windows(tokenizer, Path(args.text), args.window, args.limit)
     result = ev.evaluate(model, windows, reference)
     if args.json:
         print(json.dumps(result.to_dict()))
         return EXIT_OK
-    print(f"perplexity {result.perplexity:.4f}  (NLL {result.nll_nats:.4f} +/- {result.nll_stderr:.4f} nats, {result.tokens} tokens)")
+    nll = f"NLL {result.nll_nats:.4f} +/- {result.nll_stderr:.4f} nats, {result.tokens} tokens"
+    print(f"perplexity {result.perplexity:.4f}  ({nll})")
     if result.kld_nats is not None:
         print(f"KLD        {result.kld_nats:.5f} +/- {result.kld_stderr:.5f} nats per token from {args.reference}")
         print(f"top-1      {result.top1:.2%} agreement")
@@ -247,7 +252,11 @@ def _generate(args: argparse.Namespace) -> int:
     model, tokenizer = ev.load(args.model)
     result = ev.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
     if args.json:
-        print(json.dumps({"text": result.text, "new_tokens": result.new_tokens, "tokens_per_second": result.tokens_per_second}))
+        print(
+            json.dumps(
+                {"text": result.text, "new_tokens": result.new_tokens, "tokens_per_second": result.tokens_per_second}
+            )
+        )
     else:
         print(result.text)
         print(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} per second", file=sys.stderr)
@@ -261,18 +270,19 @@ def _demo(args: argparse.Namespace) -> int:
 
     _quiet_host()
     if args.model is None and not (DEMO / "llama-6m").is_dir():
-        raise Refused("demo: MODEL must be given, the embedded one is part of the source tree and not of the wheel")
+        raise RefusedError("demo: MODEL must be given, the embedded one comes with the source tree only")
     model = DEMO / "llama-6m" if args.model is None else _resolve_model(args.model)
     text = DEMO / "text.txt" if args.text is None else Path(args.text)
     if not text.is_file():
-        raise Refused(f"{text}: must be a text file to measure on, got none; give --text FILE")
+        raise RefusedError(f"{text}: must be a text file to measure on, got none; give --text FILE")
     with tempfile.TemporaryDirectory(prefix="precal-demo-") as scratch:
         folder = Path(args.out) if args.out is not None else Path(scratch)
         reference, tokenizer = ev.load(model)
         windows = ev.read_windows(tokenizer, text, ev.DEFAULT_WINDOW)
         base_bits = 8.0 * next(reference.parameters()).element_size()
         print(f"{model.name}: {sum(p.numel() for p in reference.parameters()):,} parameters, measured on {text.name}\n")
-        print(f"{'':10}{'weights':>10}{'bits/w':>8}{'SQNR dB':>9}{'perplexity':>12}{'KLD nats':>10}{'top-1':>8}{'tokens/s':>10}")
+        print(f"{'':10}{'weights':>10}{'bits/w':>8}{'SQNR dB':>9}{'perplexity':>12}", end="")
+        print(f"{'KLD nats':>10}{'top-1':>8}{'tokens/s':>10}")
         texts = []
 
         def line(name: str, size: int, bits: float, sqnr: str, loaded: Any) -> None:
@@ -320,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except (ValueError, TypeError) as error:
-        # CheckpointError, SelectionError, Refused and broken contracts: all say what was expected.
+        # CheckpointError, SelectionError, RefusedError and broken contracts: all say what was expected.
         if os.environ.get("PRECAL_TRACEBACK"):
             raise
         print(f"precal: {error}", file=sys.stderr)

@@ -78,13 +78,15 @@ class QuantizeConfig:
         _check("bits", self.bits, _is_int(self.bits) and 2 <= self.bits <= 8, "an integer from 2 to 8")
         if self.group_size is None:
             settle("group_size", _GROUP_SIZE[self.recipe])
-        good = _is_int(self.group_size) and (self.group_size == -1 or 1 <= self.group_size <= 1 << 20)
-        _check("group_size", self.group_size, good, "an integer from 1 to 2**20, or -1 for the whole row")
+        g: Any = self.group_size
+        good = _is_int(g) and (g == -1 or 1 <= g <= 1 << 20)
+        _check("group_size", g, good, "an integer from 1 to 2**20, or -1 for the whole row")
         if self.c is None:
             settle("c", 1 if self.recipe == "precal" else 0)
         limit = _C.MAX_CAPACITY if self.recipe == "precal" else 0
         contract = f"an integer from 0 to {limit}" + ("" if limit else f" for recipe {self.recipe}")
-        _check("c", self.c, _is_int(self.c) and 0 <= self.c <= limit, contract)
+        c: Any = self.c
+        _check("c", c, _is_int(c) and 0 <= c <= limit, contract)
         if self.grid is None:
             settle("grid", "fitted" if self.recipe == "precal" and self.bits <= 6 else "uniform")
         allowed = GRIDS if self.recipe == "precal" and self.bits <= 6 else ("uniform",)

@@ -83,7 +83,9 @@ def quantize_checkpoint(
     model, out = Path(model), Path(out)
     started = time.monotonic()
     if not model.is_dir():
-        raise CheckpointError(f"{model}: must be a model directory, got {'a file' if model.exists() else 'nothing there'}")
+        raise CheckpointError(
+            f"{model}: must be a model directory, got {'a file' if model.exists() else 'nothing there'}"
+        )
     resolved_out, resolved_model = out.resolve(), model.resolve()
     if resolved_out == resolved_model or resolved_model in resolved_out.parents:
         raise CheckpointError(f"{out}: must lie outside the model's directory, got a path inside {model}")
@@ -98,7 +100,9 @@ def quantize_checkpoint(
     decisions = {d.module: d for d in decide(found.names, config, found.heads, found.tied)}
     jobs = _plan(index, decisions, config)
     if not any(job.spec for job in jobs):
-        raise CheckpointError(f"{model}: must have linear layers to quantize, found none by {found.source}; see --include")
+        raise CheckpointError(
+            f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
+        )
 
     report = Report(config, notes=[f"linear layers found by {found.source}"])
     report.bytes_before = sum(job.info.nbytes for job in jobs)
@@ -212,8 +216,8 @@ def _read_weight(info: TensorInfo) -> Tensor:
     if not finite:
         n, k = (~torch.isfinite(w)).nonzero()[0].tolist()
         raise CheckpointError(
-            f"{info.file}: {info.name} must be finite, got {w[n, k].item()} at [{n}, {k}]; the model is damaged, or leave the "
-            "tensor out with --exclude"
+            f"{info.file}: {info.name} must be finite, got {w[n, k].item()} at [{n}, {k}]; the model is damaged, "
+            "or leave the tensor out with --exclude"
         )
     return w
 

@@ -41,7 +41,7 @@ CONSTANT_GRIDS: dict[tuple[int, int], tuple[int, ...]] = {
 
 
 def constant_grid(bits: int, group_size: int) -> Tensor:
-    """int8 [1, 2**bits] for the nearest group size of the table (in ratio). bits: 2 to 6; group_size >= 1, -1: a row."""
+    """int8 [1, 2**bits] for the nearest group size of the table. bits: 2 to 6; group_size >= 1, or -1 for a row."""
     known = [g for b, g in CONSTANT_GRIDS if b == bits]
     if not known:
         raise ValueError(f"constant_grid: bits must lie in [2, 6], got {bits}")

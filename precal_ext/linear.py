@@ -58,6 +58,8 @@ class PrecalLinear(nn.Module):
         module.prepack()
         return module
 
+    prepacked: Tensor | None
+
     # ---- the two forms ---------------------------------------------------------------------------------------------
     @property
     def is_prepacked(self) -> bool:
@@ -82,18 +84,20 @@ class PrecalLinear(nn.Module):
     def qtensor(self) -> QTensor:
         """The weight in the checkpoint's form; a copy once the module is prepacked."""
         if self.is_prepacked:
+            assert self.prepacked is not None
             return QTensor.from_prepacked(self.spec, self.prepacked)
-        return QTensor(self.spec, {key: self._buffers[key] for key in self.spec.tensors()})
+        return QTensor(self.spec, {key: self.get_buffer(key) for key in self.spec.tensors()})
 
     def dequantize(self) -> Tensor:
         """W' as float32 [N, K]."""
         return self.qtensor().dequantize()
 
-    @property
-    def weight(self) -> Tensor:
-        raise AttributeError(
-            "PrecalLinear keeps no dense weight; use .dequantize() for a float32 copy, or .qtensor() for what is stored"
-        )
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "PrecalLinear keeps no dense weight; .dequantize() gives a float32 copy, .qtensor() what is stored"
+            )
+        return super().__getattr__(name)
 
     # ---- use -------------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor) -> Tensor:
@@ -112,26 +116,21 @@ class PrecalLinear(nn.Module):
 
     # ---- torch's plumbing ------------------------------------------------------------------------------------------
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrecalLinear:
-        """Moves buffers between devices but never casts them; a change of device type goes through the checkpoint's
+        """Moves buffers between devices but never casts them. A change of device type goes through the checkpoint's
         form, because the tile order is the device's own."""
-        kept = {key: buffer for key, buffer in self._buffers.items() if buffer is not None}
-        if self.is_prepacked:
+        stored = {key: buffer for key, buffer in self._buffers.items() if buffer is not None}
+        again = False
+        if self.prepacked is not None:
             target = fn(torch.empty(0, dtype=torch.uint8, device=self.prepacked.device)).device
             if target.type != self.prepacked.device.type:
-                kept = dict(self.qtensor().tensors)
-                kept["prepacked"] = None
-        # A cast function leaves integers alone, so an integer view of the same bytes is moved, not cast.
-        moved = {
-            key: None if tensor is None else fn(tensor.view(torch.int16)).view(tensor.dtype) if _is_float(tensor) else fn(tensor)
-            for key, tensor in kept.items()
-        }
-        for key in moved:
+                again = target.type != "meta"
+                stored = dict(self.qtensor().tensors)
+        moved = {key: _move(fn, tensor) for key, tensor in stored.items()}
+        for key in self._buffers:
             self._buffers[key] = None
         super()._apply(fn, recurse)
         self._buffers.update(moved)
-        if "prepacked" in moved and moved["prepacked"] is None and moved["weight_packed"].device.type != "meta":
-            self.prepack(check=False)
-        return self
+        return self.prepack(check=False) if again else self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -142,28 +141,29 @@ class PrecalLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        given = [key for key in self.spec.tensors() if prefix + key in state_dict]
-        if not given and not strict:
-            return super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+        """Fills fresh buffers and prepacks them; on any error the module keeps the weight it had."""
         before = dict(self._buffers)
-        device = self.prepacked.device if self.is_prepacked else self.weight_packed.device
-        if self.is_prepacked:
-            self.prepacked = None
-            self._register_canonical(device)
-        errors: list[str] = rest[2]
+        held = self.prepacked if self.prepacked is not None else self._buffers["weight_packed"]
+        device = torch.device("cpu") if held is None else held.device
+        self.prepacked = None
+        self._register_canonical(device)
+        missing, _, errors = rest[0], rest[1], rest[2]
         count = len(errors)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
-        if len(errors) > count or len(given) < len(self.spec.tensors()):
-            self._buffers.update(before)
-            return None
-        if self.weight_packed.device.type != "meta":
+        complete = not any(prefix + key in missing for key in self.spec.tensors())
+        if complete and len(errors) == count:
+            if self.get_buffer("weight_packed").device.type == "meta":
+                return
             try:
                 self.prepack()
+                return
             except ValueError as error:
-                self._buffers.update(before)
                 errors.append(f"{prefix.rstrip('.')}: {error}")
-        return None
+        self._buffers.update(before)
 
 
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
+def _move(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``fn`` without its cast: a casting function leaves integers alone, so floats go as an integer view."""
+    if tensor.is_floating_point():
+        return fn(tensor.view(torch.int16)).view(tensor.dtype)
+    return fn(tensor)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precal_ext import ops
+from precal_ext import _C, ops
 from precal_ext.qtensor import QTensor
 
 _ROWS_AT_ONCE = 1 << 20  # weights, so that float64 copies stay small
@@ -68,8 +68,6 @@ def outlier_mask(q: QTensor) -> Tensor | None:
         return (bits & 1).bool().reshape(spec.N, -1)[:, : spec.K]
     if not spec.c:
         return None
-    from precal_ext import _C
-
     index = q.tensors["weight_outlier_index"].long()
     starts = torch.tensor([begin for begin, _ in _C.outlier_blocks(spec.K)])
     used = q.tensors["weight_outlier_value"] != 0
@@ -106,7 +104,7 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
     half = level_range(spec.uniform, spec.bits)
     mask = outlier_mask(q)
     counts = torch.zeros(bins, dtype=torch.int64)
-    parts = [("weight_scale", mask)] if mask is not None else [("weight_scale", None)]
+    parts: list[tuple[str, Tensor | None]] = [("weight_scale", mask)]
     if spec.split and mask is not None:
         parts.append(("weight_outlier_scale", ~mask))
     for key, leave_out in parts:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precal_ext.checkpoint import MAX_SHARD_BYTES, CheckpointError, ShardWriter, appearing_at_once, read_config, read_index, read_tensor
+from precal_ext.checkpoint import (
+    MAX_SHARD_BYTES,
+    CheckpointError,
+    ShardWriter,
+    appearing_at_once,
+    read_config,
+    read_index,
+    read_tensor,
+)
 from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import entry
 from precal_ext.linear import PrecalLinear
@@ -81,7 +89,8 @@ def _weight(module: nn.Linear) -> Tensor:
 
 
 def _heads(model: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
     return {name for name, m in linears.items() if m is head}
 
 
@@ -127,7 +136,9 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, device: torch.device | str 
     return swapped
 
 
-def save_quantized(model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_quantized(
+    model: nn.Module, out: str | Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write a quantized model as a directory that ``load_quantized``, transformers and servers read.
 
     Safetensors (the same bytes as ``precal quantize`` writes for the same weights) and ``config.json``. Tied weights
@@ -138,7 +149,9 @@ def save_quantized(model: nn.Module, out: str | Path, *, overwrite: bool = False
     """
     fmt = getattr(model, FORMAT_ATTRIBUTE, None)
     if not isinstance(fmt, ModelFormat):
-        raise ValueError("save_quantized: model must be quantized by quantize_model or load_quantized, got one that is not")
+        raise ValueError(
+            "save_quantized: model must be quantized by quantize_model or load_quantized, got one that is not"
+        )
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, int, tuple[int, ...]]] = set()
     for name, tensor in model.state_dict().items():
@@ -194,10 +207,10 @@ def load_quantized(path: str | Path, model: nn.Module | None = None, **kwargs: A
     for name, info in index.items():
         if name not in expected:
             raise CheckpointError(f"{info.file}: {name} must belong to the model, got no such parameter or buffer")
-        if info.shape != expected[name][1] or (_is_stored(name) and info.dtype != expected[name][0]):
-            raise CheckpointError(
-                f"{info.file}: {name} must be {expected[name][0]} {list(expected[name][1])}, got {info.dtype} {list(info.shape)}"
-            )
+        dtype, shape = expected[name]
+        if info.shape != shape or (_is_stored(name) and info.dtype != dtype):
+            got = f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(f"{info.file}: {name} must be {dtype} {list(shape)}, got {got}")
     _fill(model, {name: read_tensor(info) for name, info in index.items()}, folder)
     attach_format(model, fmt)
     return model.eval()
@@ -217,7 +230,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     filled = {id(parameters[name]) for name in tensors if name in parameters}
     absent = [name for name in missing if name not in parameters or id(parameters[name]) not in filled]
     if absent:
-        raise CheckpointError(f"{folder}: every tensor of the model must be there, got none for {', '.join(absent[:4])}")
+        raise CheckpointError(
+            f"{folder}: every tensor of the model must be there, got none for {', '.join(absent[:4])}"
+        )
     for name, module in model.named_modules():
         if isinstance(module, PrecalLinear) and not module.is_prepacked:
             raise CheckpointError(f"{folder}: {name} must have all of its tensors, got only a part of them")
@@ -227,7 +242,9 @@ def read_format(folder: Path) -> ModelFormat:
     """The ``quantization_config`` of a model directory, checked."""
     data = read_config(folder).get("quantization_config")
     if not isinstance(data, dict):
-        raise CheckpointError(f"{folder}: must be a model quantized by precal, got a config.json without quantization_config")
+        raise CheckpointError(
+            f"{folder}: must be a model quantized by precal, got a config.json without quantization_config"
+        )
     try:
         return ModelFormat.from_dict(data)
     except (ValueError, TypeError) as error:

@@ -5,8 +5,8 @@ wrong dtype and ``ValueError`` for any other broken contract, with a message ``o
 Called through ``torch.ops.precal`` the same messages arrive as ``RuntimeError``. Results do not depend on the number of
 threads; codes, scales and counts are the same bits on every instruction set and device.
 
-Notation: ``N, K`` rows and columns of a weight, ``G = ceil(K / group_size)``, ``B`` outlier blocks of a row, ``c`` their
-capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives the formulas.
+Notation: ``N, K`` rows and columns of a weight, ``G = ceil(K / group_size)``, ``B`` outlier blocks of a row, ``c``
+their capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives the formulas.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def histogram(
         w: [N, K] float32, float16 or bfloat16; NaN and infinities are counted outside.
         num_bins: 1 to 2**24.  lo, hi: finite, lo < hi.
         divisor: float32 [N, G] or None for 1. The division is float32.
-        weight: int64 [N, G], what each weight of a group adds to its bin, or None for 1; groups of weight 0 are skipped.
+        weight: int64 [N, G], what each weight of a group adds to its bin, or None for 1; weight 0 skips the group.
     Returns:
         counts int64 [num_bins] and outside int64 [3]: below lo, above hi, NaN.
     """

@@ -13,6 +13,17 @@ from precal_ext import _C, ops
 from precal_ext.config import QuantizeConfig
 
 PREFIX = "weight_"
+# The order in which the ops take and return the tensors of a weight.
+_ARGUMENTS = (
+    "packed",
+    "scale",
+    "row_scale",
+    "grid",
+    "outlier_index",
+    "outlier_value",
+    "outlier_scale",
+    "outlier_mask",
+)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -88,8 +99,7 @@ class QTensor:
     tensors: Mapping[str, Tensor]
 
     def _arguments(self) -> tuple[Any, ...]:
-        names = ("packed", "scale", "row_scale", "grid", "outlier_index", "outlier_value", "outlier_scale", "outlier_mask")
-        found = [self.tensors.get(PREFIX + name) for name in names]
+        found = [self.tensors.get(PREFIX + name) for name in _ARGUMENTS]
         return (*found, self.spec.K, self.spec.bits, self.spec.group_size)
 
     def dequantize(self) -> Tensor:
@@ -104,8 +114,7 @@ class QTensor:
     def from_prepacked(cls, spec: WeightSpec, prepacked: Tensor) -> QTensor:
         """The canonical tensors back from ``prepack``, byte for byte."""
         outputs = ops.unprepack(prepacked, *spec.op_arguments())
-        names = ("packed", "scale", "row_scale", "grid", "outlier_index", "outlier_value", "outlier_scale", "outlier_mask")
-        found = dict(zip((PREFIX + n for n in names), outputs, strict=True))
+        found = dict(zip((PREFIX + name for name in _ARGUMENTS), outputs, strict=True))
         found["weight_shape"] = torch.tensor([spec.N, spec.K], dtype=torch.int64)
         return cls(spec, {key: found[key] for key in spec.tensors()})
 
@@ -117,7 +126,9 @@ class QTensor:
         """
         for key, (dtype, shape) in self.spec.tensors().items():
             if key not in self.tensors:
-                raise ValueError(f"{name}.{key}: must be present for this format, got nothing; the checkpoint is incomplete")
+                raise ValueError(
+                    f"{name}.{key}: must be present for this format, got nothing; the checkpoint is incomplete"
+                )
             t = self.tensors[key]
             if t.dtype != dtype or tuple(t.shape) != shape:
                 raise ValueError(
@@ -167,7 +178,9 @@ class QTensor:
         if bool((unused & (index != 0)).any()):
             fail("weight_outlier_index", "must be 0 where the value is 0")
         later = index[..., 1:]
-        if bool(((later <= index[..., :-1]) & ~unused[..., 1:]).any()) or bool((unused[..., :-1] & ~unused[..., 1:]).any()):
+        if bool(((later <= index[..., :-1]) & ~unused[..., 1:]).any()) or bool(
+            (unused[..., :-1] & ~unused[..., 1:]).any()
+        ):
             fail("weight_outlier_index", "must strictly increase over the used entries, unused ones last")
 
 

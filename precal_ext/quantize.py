@@ -48,7 +48,9 @@ def fit_set_grid(weights: Sequence[Tensor], config: QuantizeConfig) -> Tensor | 
         return grid
     for _ in range(config.fit_rounds):
         counts = _pooled_counts(weights, grid, config)
-        grid = ops.fit_grid(counts, -level_range(False, config.bits), level_range(False, config.bits), grid, config.mu, 1)
+        grid = ops.fit_grid(
+            counts, -level_range(False, config.bits), level_range(False, config.bits), grid, config.mu, 1
+        )
     return grid
 
 

@@ -128,7 +128,10 @@ class Report:
             )
         kept = [e for e in self.entries if e.action == "keep"]
         if kept:
-            lines += ["", "Linear layers left as they are: " + "; ".join(f"`{e.tensor}` ({e.reason})" for e in kept) + "."]
+            lines += [
+                "",
+                "Linear layers left as they are: " + "; ".join(f"`{e.tensor}` ({e.reason})" for e in kept) + ".",
+            ]
         return "\n".join(lines) + "\n"
 
 

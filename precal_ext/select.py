@@ -27,8 +27,8 @@ _KNOWN_LINEARS = re.compile(
 _KNOWN_ARCHITECTURES = frozenset(
     f"{name}ForCausalLM"
     for name in (
-        "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Gemma3", "Phi", "Phi3",
-        "OPT", "GPTNeoX", "Falcon", "StableLm", "Olmo", "Olmo2", "SmolLM3", "Granite", "Cohere", "Starcoder2",
+        "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2", "Gemma3", "Phi",
+        "Phi3", "OPT", "GPTNeoX", "Falcon", "StableLm", "Olmo", "Olmo2", "SmolLM3", "Granite", "Cohere", "Starcoder2",
     )
 )  # fmt: skip
 
@@ -97,7 +97,7 @@ def decide(
         elif name in tied:
             if included is not None:
                 raise SelectionError(
-                    f"select: {name} must not be included, it shares its weight with the embedding; untie the model first"
+                    f"select: {name} must not be included, it shares its weight with the embedding; untie them first"
                 )
             keep = "shares its weight with the embedding"
         elif included is None and (name in heads or _HEAD.search(name)):
@@ -189,7 +189,9 @@ def find_linears(
     Raises:
         SelectionError: unknown architecture and no ``include``.
     """
-    matrices = {name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    matrices = {
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+    }
     found = _from_transformers(folder, matrices)
     if found is None:
         architectures = [str(a) for a in model_config.get("architectures") or []]
@@ -199,9 +201,10 @@ def find_linears(
             names = {name for name in matrices if _KNOWN_LINEARS.search(name)}
             source = "name patterns"
         elif not config.include:
+            some = ", ".join(sorted(matrices)[:4])
             raise SelectionError(
-                f"select: the architecture must be known, got {', '.join(architectures) or 'none'}; install precal[hf], or "
-                "name the linear layers with --include REGEX (matrices: " + ", ".join(sorted(matrices)[:4]) + ", ...)"
+                f"select: the architecture must be known, got {', '.join(architectures) or 'none'}; install precal[hf] "
+                f"or name the linear layers with --include REGEX (matrices here: {some}, ...)"
             )
         head = {"lm_head"}
         tied = head if model_config.get("tie_word_embeddings") else set()
@@ -227,7 +230,9 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(hf_config)
     except Exception as error:  # whatever a model's own code raises: the caller has another way
-        logger.warning("transformers %s cannot build this model (%s); choosing by name", transformers.__version__, error)
+        logger.warning(
+            "transformers %s cannot build this model (%s); choosing by name", transformers.__version__, error
+        )
         return None
     prefix = model.base_model_prefix + "."
     head = model.get_output_embeddings()

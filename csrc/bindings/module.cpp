@@ -43,10 +43,9 @@ py::object execute(const Op& op) {
 
 // The borrowed tensors of a weight; `list` keeps them alive.
 cpu::WeightTensors weight_tensors(std::array<Borrowed, 8>* list, const py::object& packed, const py::object& scale,
-                                  const py::object& row_scale, const py::object& grid,
-                                  const py::object& outlier_index, const py::object& outlier_value,
-                                  const py::object& outlier_scale, const py::object& outlier_mask, int64_t K,
-                                  int64_t bits, int64_t group_size) {
+                                  const py::object& row_scale, const py::object& grid, const py::object& outlier_index,
+                                  const py::object& outlier_value, const py::object& outlier_scale,
+                                  const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
   auto& b = *list;
   b = {borrow_cpu("packed", packed),
        borrow_cpu("scale", scale),
@@ -76,7 +75,8 @@ std::string cpu_isa() {
 }
 
 py::list outlier_block_ranges(int64_t K) {
-  if (K < 0 || K > (int64_t(1) << 30)) throw py::value_error(concat("outlier_blocks: K must lie in [0, 2^30], got ", K));
+  if (K < 0 || K > (int64_t(1) << 30))
+    throw py::value_error(concat("outlier_blocks: K must lie in [0, 2^30], got ", K));
   const format::OutlierBlocks blocks = format::outlier_blocks(K);
   py::list ranges;
   for (int64_t b = 0; b < blocks.num_blocks; ++b) {
@@ -99,8 +99,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_num_threads", &set_pool_threads, py::arg("n"), "Threads of this module's own pool, n >= 1.");
   m.def("get_num_threads", &pool_threads);
   m.def("outlier_blocks", &outlier_block_ranges, py::arg("K"), "[(begin, end)] of the outlier blocks of a row.");
-  m.def(
-      "num_outlier_blocks", [](int64_t K) { return format::outlier_blocks(K).num_blocks; }, py::arg("K"));
+  m.def("num_outlier_blocks", [](int64_t K) { return format::outlier_blocks(K).num_blocks; }, py::arg("K"));
   m.def(
       "words_per_row", [](int64_t K, int bits) { return format::words_per_row(K, bits); }, py::arg("K"),
       py::arg("bits"));
@@ -220,9 +219,9 @@ PYBIND11_MODULE(_C, m) {
          const py::object& outlier_index, const py::object& outlier_value, const py::object& outlier_scale,
          const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
         std::array<Borrowed, 8> list;
-        return execute(cpu::Dequantize{weight_tensors(&list, packed, scale, row_scale, grid, outlier_index,
-                                                      outlier_value, outlier_scale, outlier_mask, K, bits,
-                                                      group_size)});
+        return execute(
+            cpu::Dequantize{weight_tensors(&list, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                           outlier_scale, outlier_mask, K, bits, group_size)});
       },
       py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
       py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),

@@ -35,21 +35,18 @@ auto execute_tuple(const Op& op, const Tensor& like) {
 
 Tensor soft_threshold(const Tensor& w, double lam) { return execute(cpu::SoftThreshold{view("w", w), lam}, w)[0]; }
 
-Tensor salience_threshold(const Tensor& w, double alpha, std::string scope, int64_t group_size,
-                          std::string normalize) {
+Tensor salience_threshold(const Tensor& w, double alpha, std::string scope, int64_t group_size, std::string normalize) {
   return execute(cpu::SalienceThreshold{view("w", w), alpha, scope, group_size, normalize}, w)[0];
 }
 
-Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int64_t group_size,
-                     std::string normalize) {
+Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int64_t group_size, std::string normalize) {
   return execute(cpu::SalienceMask{view("w", w), view("lam", lam), scope, group_size, normalize}, w)[0];
 }
 
 std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
                                      MaybeTensor weight, int64_t group_size) {
-  return execute_tuple(cpu::Histogram{view("w", w), num_bins, lo, hi, view("divisor", divisor),
-                                      view("weight", weight), group_size},
-                       w);
+  return execute_tuple(
+      cpu::Histogram{view("w", w), num_bins, lo, hi, view("divisor", divisor), view("weight", weight), group_size}, w);
 }
 
 Tensor spread_codes(const Tensor& counts, double lo, double hi, const Tensor& grid) {
@@ -73,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_groups(const Tensor&
                        w);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& w, const Tensor& salient,
-                                                                  int64_t bits, int64_t group_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& w, const Tensor& salient, int64_t bits,
+                                                                  int64_t group_size) {
   return execute_tuple(cpu::QuantizeSplit{view("w", w), view("salient", salient), bits, group_size}, w);
 }
 
@@ -88,9 +85,17 @@ WeightTensors weight_tensors(const Tensor& packed, const Tensor& scale, const Te
                              const MaybeTensor& grid, const MaybeTensor& outlier_index,
                              const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
                              const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
-  return {view("packed", packed), view("scale", scale), view("row_scale", row_scale), view("grid", grid),
-          view("outlier_index", outlier_index), view("outlier_value", outlier_value),
-          view("outlier_scale", outlier_scale), view("outlier_mask", outlier_mask), K, bits, group_size};
+  return {view("packed", packed),
+          view("scale", scale),
+          view("row_scale", row_scale),
+          view("grid", grid),
+          view("outlier_index", outlier_index),
+          view("outlier_value", outlier_value),
+          view("outlier_scale", outlier_scale),
+          view("outlier_mask", outlier_mask),
+          K,
+          bits,
+          group_size};
 }
 
 Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
@@ -109,11 +114,13 @@ Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scal
                  packed)[0];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(
-    const Tensor& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, bool uniform,
-    bool split, std::string scale_dtype) {
-  return execute_tuple(cpu::Unprepack{PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c,
-                                                      uniform, split, scale_dtype}},
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t N,
+                                                                                     int64_t K, int64_t bits,
+                                                                                     int64_t group_size, int64_t c,
+                                                                                     bool uniform, bool split,
+                                                                                     std::string scale_dtype) {
+  return execute_tuple(cpu::Unprepack{PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, uniform,
+                                                      split, scale_dtype}},
                        prepacked);
 }
 
@@ -121,11 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpre
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
               int64_t group_size, int64_t c, bool uniform, bool split, std::string scale_dtype) {
   const Tensor rows = torch::stable::contiguous(x);
-  return execute(cpu::Linear{view("x", rows),
-                             PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, uniform, split,
-                                             scale_dtype},
-                             view("bias", bias)},
-                 x)[0];
+  return execute(
+      cpu::Linear{view("x", rows),
+                  PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, uniform, split, scale_dtype},
+                  view("bias", bias)},
+      x)[0];
 }
 
 }  // namespace
@@ -153,8 +160,8 @@ STABLE_TORCH_LIBRARY_IMPL(precal, CPU, m) {
 // For Python: force an instruction set in this library too (tests, benchmarks). Returns 0, or 1 with the reason in
 // `message` (at most `size` bytes).
 #include "cpu/select.h"
-extern "C" __attribute__((visibility("default"))) int precal_torch_force_isa(const char* name, char* message,
-                                                                             size_t size) {
+extern "C"
+    __attribute__((visibility("default"))) int precal_torch_force_isa(const char* name, char* message, size_t size) {
   const precal::Status status = precal::cpu::force_isa(name);
   if (status.ok()) return 0;
   std::snprintf(message, size, "%s", status.message().c_str());

@@ -52,7 +52,8 @@ inline Borrowed borrow_dlpack(const char* name, const py::object& object) {
     if (m->deleter != nullptr) m->deleter(m);
   });
   const DLTensor& t = managed->dl_tensor;
-  if (t.ndim > kMaxDims) throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions, got ", t.ndim));
+  if (t.ndim > kMaxDims)
+    throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions, got ", t.ndim));
   b.view.dtype = dtype_from_dlpack(name, t.dtype);
   b.view.ndim = t.ndim;
   int64_t expected = 1;

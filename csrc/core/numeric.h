@@ -33,7 +33,8 @@ PRECAL_INLINE float abs_float(float value) { return bits_float(float_bits(value)
 
 PRECAL_INLINE bool is_finite(float value) { return (float_bits(value) & 0x7F800000u) != 0x7F800000u; }
 
-// ---- bfloat16: the upper half of a float32 ---------------------------------------------------------------------------
+// ---- bfloat16: the upper half of a float32
+// ---------------------------------------------------------------------------
 PRECAL_INLINE float bf16_to_float(uint16_t h) { return bits_float(uint32_t(h) << 16); }
 
 PRECAL_INLINE uint16_t float_to_bf16(float value) {
@@ -42,7 +43,8 @@ PRECAL_INLINE uint16_t float_to_bf16(float value) {
   return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// ---- float16 ---------------------------------------------------------------------------------------------------------
+// ---- float16
+// ---------------------------------------------------------------------------------------------------------
 PRECAL_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 31u, mantissa = h & 1023u;

@@ -43,8 +43,8 @@ Status invalid_type(const Parts&... parts) {
 
 }  // namespace precal
 
-#define PRECAL_RETURN_IF_ERROR(expression)            \
-  do {                                                \
-    ::precal::Status precal_status = (expression);    \
-    if (!precal_status.ok()) return precal_status;    \
+#define PRECAL_RETURN_IF_ERROR(expression)         \
+  do {                                             \
+    ::precal::Status precal_status = (expression); \
+    if (!precal_status.ok()) return precal_status; \
   } while (0)

@@ -90,8 +90,7 @@ inline Status check_shape(const char* op, const char* name, const TensorView& t,
   return {};
 }
 
-inline Status check_dtype(const char* op, const char* name, const TensorView& t,
-                          std::initializer_list<DType> allowed) {
+inline Status check_dtype(const char* op, const char* name, const TensorView& t, std::initializer_list<DType> allowed) {
   std::string names;
   for (DType dtype : allowed) {
     if (t.dtype == dtype) return {};

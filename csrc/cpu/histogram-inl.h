@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integer histogram of w / divisor. Bin b holds lo + [b, b + 1) * (hi - lo) / num_bins, the last bin also hi; below, above
-// and NaN are counted apart. Integer sums: any split over threads gives the same counts.
+// Integer histogram of w / divisor. Bin b holds lo + [b, b + 1) * (hi - lo) / num_bins, the last bin also hi; below,
+// above and NaN are counted apart. Integer sums: any split over threads gives the same counts.
 #pragma once
 
 #include "cpu/kernels.h"

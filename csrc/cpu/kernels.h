@@ -28,7 +28,7 @@ struct MagnitudeDigitArgs {
 };
 
 struct HistogramArgs {
-  const void* w;          // [N, K] dtype
+  const void* w;  // [N, K] dtype
   DType dtype;
   int64_t K, group_size, num_groups;
   const float* divisor;   // [N, G] or nullptr: 1
@@ -45,14 +45,14 @@ struct QuantizeArgs {
   bool symmetric;       // min-max on |w|: the top level meets the largest magnitude, scales are positive
   double lam;           // outliers have w^2 > lam
   float search_lo, search_hi;
-  uint8_t* codes;          // [N, K]
-  void* scale;             // [N, G]
-  uint16_t* row_scale;     // [N] bfloat16
-  uint8_t* outlier_index;  // [N, B, c]
-  uint16_t* outlier_value; // [N, B, c] float16
-  const uint8_t* salient;  // split: [N, K] bool
-  void* outlier_scale;     // split: [N, G]
-  uint8_t* mask;           // split: [N, ceil(K/8)]
+  uint8_t* codes;           // [N, K]
+  void* scale;              // [N, G]
+  uint16_t* row_scale;      // [N] bfloat16
+  uint8_t* outlier_index;   // [N, B, c]
+  uint16_t* outlier_value;  // [N, B, c] float16
+  const uint8_t* salient;   // split: [N, K] bool
+  void* outlier_scale;      // split: [N, G]
+  uint8_t* mask;            // split: [N, ceil(K/8)]
 };
 
 // Floats that a group takes in scratch: whole vectors, and no more than a row when group_size exceeds K.
@@ -106,9 +106,9 @@ struct LinearArgs {
   int64_t y_stride;
 };
 
-constexpr int64_t kLinearMaxRows = 64;   // rows of x per pass over the weight: its float32 copy then fits in L2
-constexpr int64_t kLinearRowBlock = 4;   // rows that share one load of dequantized weights
-constexpr int64_t kLinearChains = 4;     // partial sums per output: 4 rows x 4 chains hide the latency of an FMA
+constexpr int64_t kLinearMaxRows = 64;  // rows of x per pass over the weight: its float32 copy then fits in L2
+constexpr int64_t kLinearRowBlock = 4;  // rows that share one load of dequantized weights
+constexpr int64_t kLinearChains = 4;    // partial sums per output: 4 rows x 4 chains hide the latency of an FMA
 
 inline int64_t linear_scratch_floats() {
   return format::kBlock * format::kTileRows + kLinearMaxRows * kLinearChains * format::kTileRows;

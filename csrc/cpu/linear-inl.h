@@ -29,8 +29,8 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
       group = k / f.group_size;
       for (int64_t r = 0; r < kTile; ++r) {
         scales[r] = format::load_scale(tile + args.layout.scale, group * kTile + r, f.scale_type);
-        others[r] = f.split ? format::load_scale(tile + args.layout.outlier_scale, group * kTile + r, f.scale_type)
-                            : 0.0f;
+        others[r] =
+            f.split ? format::load_scale(tile + args.layout.outlier_scale, group * kTile + r, f.scale_type) : 0.0f;
       }
     }
     const int64_t bit = k * kBits;
@@ -62,8 +62,7 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
 PRECAL_INLINE void add_outliers(const LinearArgs& args, const uint8_t* tile, int64_t block, int64_t width,
                                 float* panel) {
   const int c = args.format.c;
-  const uint16_t* values =
-      reinterpret_cast<const uint16_t*>(tile + args.layout.outlier_value) + block * c * kTile;
+  const uint16_t* values = reinterpret_cast<const uint16_t*>(tile + args.layout.outlier_value) + block * c * kTile;
   const uint8_t* indices = tile + args.layout.outlier_index + block * c * kTile;
   for (int64_t i = 0; i < c * kTile; ++i) {
     if (indices[i] >= width) continue;

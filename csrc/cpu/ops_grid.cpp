@@ -212,8 +212,8 @@ Status Histogram::plan(TensorSpec* out) const {
   if (group_size < 1) return invalid_value(op, ": group_size must be at least 1, got ", group_size);
   const int64_t groups = ceil_div(w.shape[1], group_size);
   if (divisor.present) {
-    PRECAL_RETURN_IF_ERROR(check_tensor(op, "divisor", divisor, {DType::kFloat32, {w.shape[0], groups}},
-                                        "(N, ceil(K/group_size))"));
+    PRECAL_RETURN_IF_ERROR(
+        check_tensor(op, "divisor", divisor, {DType::kFloat32, {w.shape[0], groups}}, "(N, ceil(K/group_size))"));
   }
   if (weight.present) {
     PRECAL_RETURN_IF_ERROR(
@@ -225,8 +225,16 @@ Status Histogram::plan(TensorSpec* out) const {
 }
 
 Status Histogram::run(const TensorView* out) const {
-  HistogramArgs args{w.data, w.dtype, w.shape[1], group_size, ceil_div(w.shape[1], group_size),
-                     divisor.as<float>(), weight.as<int64_t>(), num_bins, lo, hi};
+  HistogramArgs args{w.data,
+                     w.dtype,
+                     w.shape[1],
+                     group_size,
+                     ceil_div(w.shape[1], group_size),
+                     divisor.as<float>(),
+                     weight.as<int64_t>(),
+                     num_bins,
+                     lo,
+                     hi};
   int64_t* counts = out[0].as<int64_t>();
   int64_t* outside = out[1].as<int64_t>();
   std::fill(counts, counts + num_bins, 0);

@@ -37,7 +37,8 @@ void rows_to_lanes(const uint8_t* rows, uint8_t* lanes, int64_t first_row, int64
   for (int64_t r = 0; r < kTileRows; ++r) {
     if (first_row + r >= N) continue;
     const uint8_t* from = rows + (first_row + r) * count * bytes;
-    for (int64_t i = 0; i < count; ++i) std::memcpy(lanes + (i * kTileRows + r) * bytes, from + i * bytes, size_t(bytes));
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(lanes + (i * kTileRows + r) * bytes, from + i * bytes, size_t(bytes));
   }
 }
 
@@ -59,9 +60,8 @@ std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* 
                               void* outlier_index, void* outlier_value, void* outlier_scale, void* mask) {
   const int64_t groups = format::num_groups(f), entries = format::num_blocks(f) * f.c;
   const int64_t scale_bytes = format::scale_bytes(f.scale_type);
-  std::vector<Section> list{{row_scale, 0, 1, 2},
-                            {packed, t.words, format::num_words(f), 4},
-                            {scale, t.scale, groups, scale_bytes}};
+  std::vector<Section> list{
+      {row_scale, 0, 1, 2}, {packed, t.words, format::num_words(f), 4}, {scale, t.scale, groups, scale_bytes}};
   if (f.c > 0) {
     list.push_back({outlier_value, t.outlier_value, entries, 2});
     list.push_back({outlier_index, t.outlier_index, entries, 1});
@@ -152,8 +152,9 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
                          ", group_size=", group_size, ", c=", c, ", got ", shape_text(data));
   }
   if (data.data == nullptr || std::memcmp(data.data, &want, sizeof(want)) != 0) {
-    return invalid_value(op, ": prepacked must come from prepack() with the same N, K, bits, group_size and c; its "
-                             "header says otherwise");
+    return invalid_value(op,
+                         ": prepacked must come from prepack() with the same N, K, bits, group_size and c; its "
+                         "header says otherwise");
   }
   return {};
 }
@@ -180,8 +181,8 @@ Status Unprepack::run(const TensorView* out) const {
   const TileLayout t = format::tile_layout(f);
   const uint8_t* data = weight.data.as<uint8_t>();
   if (!f.uniform) std::memcpy(out[3].data, data + format::kPrepackedGridOffset, size_t(1) << f.bits);
-  const std::vector<Section> list = sections(f, t, out[0].data, out[1].data, out[2].data, out[4].data, out[5].data,
-                                             out[6].data, out[7].data);
+  const std::vector<Section> list =
+      sections(f, t, out[0].data, out[1].data, out[2].data, out[4].data, out[5].data, out[6].data, out[7].data);
   parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const uint8_t* tile = data + format::kPrepackedTilesOffset + i * t.tile_bytes;
@@ -250,10 +251,11 @@ Status Linear::run(const TensorView* out) const {
     args.y = out[0].as<uint8_t>() + m * f.N * dtype_bytes(out[0].dtype);
     // A piece is worth a thread from about 32 thousand multiply-adds on.
     const int64_t tile_work = std::max<int64_t>(1, kTileRows * f.K * (args.M + 4));
-    parallel_for(0, args.layout.num_tiles, std::max<int64_t>(1, (1 << 15) / tile_work), [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(static_cast<size_t>(linear_scratch_floats()));
-      kernels().linear_tiles(args, begin, end, scratch.data());
-    });
+    parallel_for(0, args.layout.num_tiles, std::max<int64_t>(1, (1 << 15) / tile_work),
+                 [&](int64_t begin, int64_t end) {
+                   std::vector<float> scratch(static_cast<size_t>(linear_scratch_floats()));
+                   kernels().linear_tiles(args, begin, end, scratch.data());
+                 });
   }
   return {};
 }

@@ -260,8 +260,7 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
   f->bits = int(bits);
   f->group_size = group_size;
   f->uniform = !grid.present;
-  PRECAL_RETURN_IF_ERROR(check_tensor(op, "packed", packed,
-                                      {DType::kInt32, {N, format::words_per_row(K, int(bits))}},
+  PRECAL_RETURN_IF_ERROR(check_tensor(op, "packed", packed, {DType::kInt32, {N, format::words_per_row(K, int(bits))}},
                                       "(N, ceil(K*bits/32))"));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "scale", scale, {DType::kUInt8, DType::kFloat16}));
   f->scale_type = scale.dtype == DType::kUInt8 ? ScaleType::kE4m3 : ScaleType::kFloat16;
@@ -276,10 +275,10 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
     if (f->c > format::kMaxCapacity) {
       return invalid_value(op, ": outlier_index must have c <= ", format::kMaxCapacity, " entries a block, got ", f->c);
     }
-    PRECAL_RETURN_IF_ERROR(check_tensor(op, "outlier_index", outlier_index, {DType::kUInt8, {N, blocks, f->c}},
-                                        "(N, blocks, c)"));
-    PRECAL_RETURN_IF_ERROR(check_tensor(op, "outlier_value", outlier_value, {DType::kFloat16, {N, blocks, f->c}},
-                                        "(N, blocks, c)"));
+    PRECAL_RETURN_IF_ERROR(
+        check_tensor(op, "outlier_index", outlier_index, {DType::kUInt8, {N, blocks, f->c}}, "(N, blocks, c)"));
+    PRECAL_RETURN_IF_ERROR(
+        check_tensor(op, "outlier_value", outlier_value, {DType::kFloat16, {N, blocks, f->c}}, "(N, blocks, c)"));
   }
   if (outlier_scale.present != mask.present) {
     return invalid_value(op, ": outlier_scale and outlier_mask must be given together, got one of them");
@@ -289,8 +288,8 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
     f->split = true;
     PRECAL_RETURN_IF_ERROR(
         check_tensor(op, "outlier_scale", outlier_scale, {scale.dtype, {N, groups}}, "(N, ceil(K/group_size))"));
-    PRECAL_RETURN_IF_ERROR(check_tensor(op, "outlier_mask", mask, {DType::kUInt8, {N, ceil_div(K, 8)}},
-                                        "(N, ceil(K/8))"));
+    PRECAL_RETURN_IF_ERROR(
+        check_tensor(op, "outlier_mask", mask, {DType::kUInt8, {N, ceil_div(K, 8)}}, "(N, ceil(K/8))"));
   }
   return {};
 }

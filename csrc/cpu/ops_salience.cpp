@@ -142,8 +142,7 @@ float select_magnitude(const TensorView& w, int64_t rank) {
 
 Status SoftThreshold::plan(TensorSpec* out) const {
   PRECAL_RETURN_IF_ERROR(kernels_status());
-  PRECAL_RETURN_IF_ERROR(
-      check_dtype("soft_threshold", "w", w, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
+  PRECAL_RETURN_IF_ERROR(check_dtype("soft_threshold", "w", w, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
   PRECAL_RETURN_IF_ERROR(check_contiguous("soft_threshold", "w", w));
   if (!(lam >= 0.0) || std::isinf(lam)) {
     return invalid_value("soft_threshold: lam must be finite and >= 0, got ", lam);

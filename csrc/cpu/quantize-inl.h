@@ -151,7 +151,7 @@ static int64_t quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_
   float* v = w + K;                    // [groups][stride], zero padded
   float* dense = v + groups * stride;  // [groups][stride], 1 for weights that count in the search
   float* extreme = dense + groups * stride;
-  float* other = extreme + groups;     // split: largest salient magnitude
+  float* other = extreme + groups;  // split: largest salient magnitude
   float* amplitude = other + groups;
 
   for (int64_t n = row_begin; n < row_end; ++n) {
@@ -213,8 +213,7 @@ static int64_t quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_
     }
 
     // 3. row scale
-    const uint16_t row_code =
-        float_to_bf16(row_base(amplitude, groups, f.scale_type, largest_scale, largest_outlier));
+    const uint16_t row_code = float_to_bf16(row_base(amplitude, groups, f.scale_type, largest_scale, largest_outlier));
     const float row_scale = bf16_to_float(row_code);
     args.row_scale[n] = row_code;
     if (row_scale > 0.0f) {

@@ -37,7 +37,8 @@ const Choice kChoices[] = {
 Status find(const char* name, const char* source, const KernelTable** table) {
   for (const Choice& choice : kChoices) {
     if (std::strcmp(choice.table->name, name) != 0) continue;
-    if (!choice.supported()) return invalid_value(source, ": this CPU cannot run ", name, "; it can run ", supported_isas());
+    if (!choice.supported())
+      return invalid_value(source, ": this CPU cannot run ", name, "; it can run ", supported_isas());
     *table = choice.table;
     return {};
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen float lanes, on every instruction set. Kernel bodies are written once on this type and compiled per ISA in
 // their own namespace, so quantization gives the same bits everywhere: each function is one correctly rounded
-// operation per lane, and hsum fixes the reduction tree. Only fma() differs (scalar: two roundings); it is for `linear`.
+// operation per lane, and hsum fixes the reduction tree. Only fma() differs (scalar: two roundings); it is for
+// `linear`.
 #pragma once
 
 #include <cstdint>
@@ -106,8 +107,8 @@ struct F32 {
 struct I32 {
   uint32_t v[kLanes];
 };
-#define PRECAL_LANES(result, expression)        \
-  do {                                          \
+#define PRECAL_LANES(result, expression)                         \
+  do {                                                           \
     for (int i = 0; i < kLanes; ++i) (result)[i] = (expression); \
   } while (0)
 

@@ -12,8 +12,8 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 static constexpr KernelTable make_table(const char* name) {
-  return {name,        soft_threshold, magnitude_digit, histogram,   quantize_rows,
-          pack_rows,   unpack_rows,    dequantize_rows, linear_tiles};
+  return {name,      soft_threshold, magnitude_digit, histogram,   quantize_rows,
+          pack_rows, unpack_rows,    dequantize_rows, linear_tiles};
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

@@ -69,8 +69,8 @@ Status launch_soft_threshold(const SoftThresholdParams& p, cudaStream_t stream) 
     case DType::kFloat32: soft_threshold_kernel<DType::kFloat32><<<grid, kThreads, 0, stream>>>(p); break;
     case DType::kFloat16: soft_threshold_kernel<DType::kFloat16><<<grid, kThreads, 0, stream>>>(p); break;
     case DType::kBFloat16: soft_threshold_kernel<DType::kBFloat16><<<grid, kThreads, 0, stream>>>(p); break;
-    default: return invalid_type("soft_threshold: w must have dtype float32, float16 or bfloat16, got ",
-                                 dtype_name(p.dtype));
+    default:
+      return invalid_type("soft_threshold: w must have dtype float32, float16 or bfloat16, got ", dtype_name(p.dtype));
   }
   return check_cuda("soft_threshold", cudaGetLastError());
 }

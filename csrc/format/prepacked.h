@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU's tile order of a weight: one buffer, made at load, never saved, exactly invertible. Sixteen rows make a tile;
-// inside it the r-th lane of a vector belongs to row r, so one 512-bit load brings one int32 word of codes of each row.
+// The CPU's tile order of a weight: one buffer, made at load, never saved, exactly invertible. Sixteen rows make a
+// tile; inside it the r-th lane of a vector belongs to row r, so one 512-bit load brings one int32 word of codes of
+// each row.
 //
 //   header   64 bytes, below
 //   grid     256 bytes: int8 levels, zero padded (absent grid: all zero)

@@ -1,7 +1,7 @@
 """Registers precal with transformers: ``from_pretrained`` of a quantized checkpoint, ``save_pretrained`` of one.
 
-transformers has no entry points for quantizers, so ``import precal_ext`` must run first; it waits for transformers to be
-imported and registers then (``register_when_imported``), because importing transformers takes seconds.
+transformers has no entry points for quantizers, so ``import precal_ext`` must run first; it waits for transformers to
+be imported and registers then (``register_when_imported``), because importing transformers takes seconds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,42 @@
+# The whole developer loop. `make demo` and `make test` need Python >= 3.10, a C++17 compiler and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+# The version that is tested. Another one: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+# Compile the CUDA code wherever there is a compiler for it; a GPU is not needed.
+export PRECAL_CUDA ?= $(if $(shell command -v nvcc),1,auto)
+# Only the developers' own builds treat warnings as errors.
+test lint: export PRECAL_WERROR ?= 1
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
+
+.PHONY: demo test lint build bench-recipes clean
+
+demo: $(VENV)/.build-tools
+	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation ".[hf]"
+	cd demo && PATH="$(BIN):$$PATH" $(BIN)/precal demo llama-6m --text text.txt
+
+test: build lint
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Editable: tests run on the sources of this folder.
+build: $(VENV)/.build-tools
+	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[test,dev]"
+
+lint: build
+	PATH="$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+$(VENV)/.build-tools:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH)" $(BUILD_TOOLS)
+	touch $@
+
+# The table of docs/results.md; needs ../shared for the development models and texts.
+bench-recipes: build
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/recipes.py
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
+
+clean:
+	rm -rf build $(VENV) *.egg-info precal_ext/*.so
