@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from precal_ext import ops
 from precal_ext.config import QuantizeConfig
 from precal_ext.grids import constant_grid
-from precal_ext.measure import MAX_BINS, level_range, scale_amplitude
+from precal_ext.measure import MAX_BINS, level_range, outlier_mask, scale_amplitude
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.salience import salient
 
@@ -33,7 +34,7 @@ def fit_set_grid(weights: Sequence[Tensor], config: QuantizeConfig) -> Tensor | 
     """One grid for all weights of a fusion set, or None when the recipe has none.
 
     The constant grid for Gaussian groups is refined ``fit_rounds`` times: quantize with it, pool the histograms of
-    w / (row_scale * scale), each group counting by its squared scale, and minimise squared error + mu * KL on that.
+    the dense w / (row_scale * scale), each group counting by its squared scale, and minimise squared error + mu * KL on that.
 
     Args:
         weights: [N, K] each, or samples of rows of them.
@@ -69,7 +70,9 @@ def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConf
     for (w, amplitude, q), square in zip(pieces, squares, strict=True):
         # At most 2**31 a group, so that 2**32 weights of one bin fit in int64.
         weight = (square / mean * _WEIGHT_ONE).round().clamp(max=2.0**31).long()
-        counts += ops.histogram(w, MAX_BINS, -half, half, amplitude, weight, q.spec.group_size)[0]
+        mask = outlier_mask(q)
+        dense = w if mask is None else w.masked_fill(mask, math.nan)  # NaN is counted outside
+        counts += ops.histogram(dense, MAX_BINS, -half, half, amplitude, weight, q.spec.group_size)[0]
     return counts
 
 
