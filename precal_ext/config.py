@@ -46,7 +46,8 @@ class QuantizeConfig:
         group_size: columns that share a scale, >= 1 (64; paper and rtn 128). -1: the whole row.
         c: outliers in every block of 256 columns, 0 to 16 (precal 1; the others have none).
         grid: "fitted", "constant" or "uniform" (precal: fitted up to 6 bits, else uniform; the others uniform).
-        fit_rounds: Lloyd-Max rounds on the histogram, 0 to 100.  mu: weight of the KL term in the fit, >= 0 (0.03: docs/method.md).
+        fit_rounds: Lloyd-Max rounds on the histogram, 0 to 100.
+        mu: weight of the KL term in the fit, >= 0 (why 0.03: docs/method.md).
         alpha, scope, normalize: share and unit of the salient weights of the paper recipe; alpha in [0, 1].
         include, exclude: regular expressions (``re.search`` on the module name) that add modules to the automatic
             choice or take them away; ``exclude`` wins.

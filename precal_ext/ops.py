@@ -187,8 +187,9 @@ def kl_divergence(p: Tensor, q: Tensor, smoothing: float = 0.0) -> Tensor:
 def fit_grid(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float = 0.0, rounds: int = 1) -> Tensor:
     """Improve a codebook on a histogram: minimise relative squared error + mu * KL(P || spread_codes).
 
-    ``rounds`` weighted Lloyd-Max steps (each stretched so that the largest level is 127), then coordinate descent over
-    the integers on the composite objective (docs/method.md). ``rounds = 0`` or an empty histogram return ``grid``.
+    Coordinate descent over the integers on that objective, from ``grid`` and from ``grid`` after ``rounds`` weighted
+    Lloyd-Max steps (each stretched so that the largest level is 127); the better end counts. The largest level stays,
+    it is the unit of the scales. ``rounds = 0`` or an empty histogram return ``grid`` (docs/method.md).
 
     Args:
         counts: int64 [bins] >= 0, in units of levels: w / (row_scale * scale).

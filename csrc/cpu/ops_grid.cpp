@@ -151,10 +151,11 @@ std::vector<int> lloyd_step(const Sums& sums, const std::vector<int>& levels) {
   return next;
 }
 
-// Coordinate descent over the integers: move one level by one while the objective falls. The largest level stays, since
-// scales are measured by it. At most kSweeps passes; each accepted move lowers the objective, so it ends.
+// Coordinate descent over the integers: move one level by one while the objective falls. The largest level stays: that
+// fixes the unit, since levels times two with scales halved are the same weights. Each accepted move lowers the
+// objective, so it ends; kSweeps only bounds the time.
 void descend(const Sums& sums, double mu, std::vector<int>* levels) {
-  constexpr int kSweeps = 32;
+  constexpr int kSweeps = 1000;
   const size_t peak = std::abs(levels->front()) > std::abs(levels->back()) ? 0 : levels->size() - 1;
   double best = sums.objective(*levels, mu);
   for (int sweep = 0; sweep < kSweeps; ++sweep) {
@@ -340,9 +341,13 @@ Status FitGrid::run(const TensorView* out) const {
     if (mass[b] < 0) return invalid_value("fit_grid: counts must be >= 0, got ", mass[b], " at [", b, "]");
   }
   const Sums sums(mass, counts.shape[0], lo, hi);
-  if (sums.last > sums.first) {
-    for (int64_t round = 0; round < rounds; ++round) levels = lloyd_step(sums, levels);
-    if (rounds > 0) descend(sums, mu, &levels);
+  if (sums.last > sums.first && rounds > 0) {
+    std::vector<int> moved = levels;
+    for (int64_t round = 0; round < rounds; ++round) moved = lloyd_step(sums, moved);
+    descend(sums, mu, &moved);
+    // Lloyd-Max looks at the error alone: with a KL term the start may lead to a better end.
+    descend(sums, mu, &levels);
+    if (sums.objective(moved, mu) < sums.objective(levels, mu)) levels = moved;
   }
   for (size_t i = 0; i < levels.size(); ++i) out[0].as<int8_t>()[i] = int8_t(levels[i]);
   return {};
