@@ -33,8 +33,8 @@ def sample_rows(w: Tensor, limit: int) -> Tensor:
 def fit_set_grid(weights: Sequence[Tensor], config: QuantizeConfig) -> Tensor | None:
     """One grid for all weights of a fusion set, or None when the recipe has none.
 
-    The constant grid for Gaussian groups is refined ``fit_rounds`` times: quantize with it, pool the histograms of
-    the dense w / (row_scale * scale), each group counting by its squared scale, and minimise squared error + mu * KL on that.
+    The constant grid for Gaussian groups is refined ``fit_rounds`` times: quantize with it, pool the histograms of the
+    dense w / (row_scale * scale), each group counting by its squared scale, minimise squared error + mu * KL on that.
 
     Args:
         weights: [N, K] each, or samples of rows of them.

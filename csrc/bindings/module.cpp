@@ -50,11 +50,11 @@ cpu::WeightTensors weight_tensors(std::array<Borrowed, 8>* list, const py::objec
   b = {borrow_cpu("packed", packed),
        borrow_cpu("scale", scale),
        borrow_cpu("row_scale", row_scale),
-       borrow_cpu("grid", grid),
-       borrow_cpu("outlier_index", outlier_index),
-       borrow_cpu("outlier_value", outlier_value),
-       borrow_cpu("outlier_scale", outlier_scale),
-       borrow_cpu("outlier_mask", outlier_mask)};
+       borrow_optional("grid", grid),
+       borrow_optional("outlier_index", outlier_index),
+       borrow_optional("outlier_value", outlier_value),
+       borrow_optional("outlier_scale", outlier_scale),
+       borrow_optional("outlier_mask", outlier_mask)};
   return {b[0].view, b[1].view, b[2].view, b[3].view, b[4].view, b[5].view, b[6].view, b[7].view, K, bits, group_size};
 }
 
@@ -155,7 +155,8 @@ PYBIND11_MODULE(_C, m) {
       "histogram",
       [](const py::object& w, int64_t num_bins, double lo, double hi, const py::object& divisor,
          const py::object& weight, int64_t group_size) {
-        const Borrowed a = borrow_cpu("w", w), b = borrow_cpu("divisor", divisor), c = borrow_cpu("weight", weight);
+        const Borrowed a = borrow_cpu("w", w), b = borrow_optional("divisor", divisor),
+                       c = borrow_optional("weight", weight);
         return execute(cpu::Histogram{a.view, num_bins, lo, hi, b.view, c.view, group_size});
       },
       py::arg("w"), py::arg("num_bins"), py::arg("lo"), py::arg("hi"), py::arg("divisor") = py::none(),
@@ -185,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
       "quantize_groups",
       [](const py::object& w, const py::object& grid, int64_t bits, int64_t group_size, int64_t c, double lam,
          const std::string& scale_dtype, bool symmetric, double search_lo, double search_hi) {
-        const Borrowed a = borrow_cpu("w", w), b = borrow_cpu("grid", grid);
+        const Borrowed a = borrow_cpu("w", w), b = borrow_optional("grid", grid);
         return execute(cpu::QuantizeGroups{a.view, b.view, bits, group_size, c, lam, scale_dtype, symmetric, search_lo,
                                            search_hi});
       },
@@ -252,7 +253,8 @@ PYBIND11_MODULE(_C, m) {
       "linear",
       [](const py::object& x, const py::object& prepacked, const py::object& bias, int64_t N, int64_t K, int64_t bits,
          int64_t group_size, int64_t c, bool uniform, bool split, const std::string& scale_dtype) {
-        const Borrowed a = borrow_cpu("x", x), b = borrow_cpu("prepacked", prepacked), d = borrow_cpu("bias", bias);
+        const Borrowed a = borrow_cpu("x", x), b = borrow_cpu("prepacked", prepacked),
+                       d = borrow_optional("bias", bias);
         return execute(cpu::Linear{
             a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, uniform, split, scale_dtype}, d.view});
       },

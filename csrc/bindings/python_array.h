@@ -85,6 +85,9 @@ inline Borrowed borrow_numpy(const char* name, const py::array& array) {
         code.lanes = 0;  // refused
       }
   }
+  if (dtype.byteorder() == '>') {
+    throw py::type_error(concat("precal: ", name, " must have native byte order, got big-endian; call .astype first"));
+  }
   Borrowed b;
   if (array.ndim() > kMaxDims) throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions"));
   b.view.dtype = dtype_from_dlpack(name, code);
@@ -106,12 +109,20 @@ inline Borrowed borrow(const char* name, const py::object& object) {
                               py::str(py::type::of(object)).cast<std::string>()));
 }
 
-inline Borrowed borrow_cpu(const char* name, const py::object& object) {
+// An argument on the CPU that may be None.
+inline Borrowed borrow_optional(const char* name, const py::object& object) {
   Borrowed b = borrow(name, object);
   if (b.device_type != kDLCPU && b.device_type != kDLCUDAHost) {
     throw py::value_error(concat("precal: ", name, " must be on the CPU, got DLPack device type ", b.device_type));
   }
   return b;
+}
+
+// An argument on the CPU that must be there.
+inline Borrowed borrow_cpu(const char* name, const py::object& object) {
+  if (object.is_none())
+    throw py::type_error(concat("precal: ", name, " must be a numpy array or a DLPack tensor, got None"));
+  return borrow_optional(name, object);
 }
 
 // numpy has no bfloat16: it comes out as uint16 bits.
