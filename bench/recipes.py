@@ -65,14 +65,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="windows of 256 tokens per text")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "recipes.jsonl")
     args = parser.parse_args()
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "precal": precal_ext.__version__,
-        "isa": _C.cpu_isa(),
-        "command": "python bench/recipes.py " + " ".join(sys.argv[1:]),
-    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", encoding="utf-8") as out:
         for name, folder, texts in cases(args.models):
@@ -81,19 +73,42 @@ def main() -> None:
             windows = {path.name: read_windows(tokenizer, path, 256, args.limit) for path in texts}
             for text, parts in windows.items():
                 base = evaluate(reference, parts)
-                print(json.dumps({"model": name, "text": text, **base.to_dict(), **facts}), file=out, flush=True)
+                print(
+                    json.dumps({"model": name, "text": text, **base.to_dict(), **facts("bench/recipes.py")}),
+                    file=out,
+                    flush=True,
+                )
             for setting in [s for bits in args.bits for s in settings(bits)]:
                 model = copy.deepcopy(reference)
                 report = precal_ext.quantize_model(model, precal_ext.QuantizeConfig(**setting))
                 for text, parts in windows.items():
                     figures = evaluate(model, parts, reference).to_dict()
-                    line = {"model": name, "text": text, "setting": setting, **row(report), **figures, **facts}
+                    line = {
+                        "model": name,
+                        "text": text,
+                        "setting": setting,
+                        **row(report),
+                        **figures,
+                        **facts("bench/recipes.py"),
+                    }
                     print(json.dumps(line), file=out, flush=True)
                     print(
                         f"{name:18}{text:20}{setting!s:62}{report.bits_per_weight:7.3f}{report.sqnr_db:7.2f}"
                         f"{figures['kld_nats']:9.4f}{figures['perplexity']:10.3f}",
                         flush=True,
                     )
+
+
+def facts(script: str) -> dict[str, Any]:
+    """Where and how a row was made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "precal": precal_ext.__version__,
+        "isa": _C.cpu_isa(),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+    }
 
 
 def cpu_name() -> str:
