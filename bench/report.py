@@ -51,10 +51,11 @@ def results_page(data: list[Row]) -> str:
         "",
         f"{source(data[0])}.",
         "",
-        "KLD: mean KL divergence of the next-token distribution from the full-precision model's, nats per token, +/- one",
-        "standard error over windows of 256 tokens. Bits: per quantized weight, everything stored counted; for `paper` the",
-        "published count (an ideal position list), with what is stored here (a bitmap) in parentheses. The models are tiny",
-        "and K is 64 to 768, so outliers (24 bits a block) and row scales (16 bits a row) weigh more than in a large model.",
+        "KLD: mean KL divergence of the next-token distribution from the full-precision model's, in nats per",
+        "token, +/- one standard error over windows of 256 tokens. Bits: per quantized weight, everything stored",
+        "counted; for `paper` the published count (an ideal position list), in parentheses what is stored here (a",
+        "bitmap). The models are tiny: K is 64 to 768, so outliers (24 bits a block) and row scales (16 bits a",
+        "row) weigh more than in a large model.",
     ]
     for model in dict.fromkeys(r["model"] for r in data):
         for text in dict.fromkeys(r["text"] for r in data if r["model"] == model):
