@@ -42,6 +42,8 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir)]
         subprocess.run(configure + [f"-D{k}={v}" for k, v in options.items()], check=True)
         subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+        for stale in target.glob("*.so"):  # of another configuration: CUDA libraries in a build without CUDA
+            stale.unlink()
         subprocess.run(["cmake", "--install", str(build_dir)], check=True)
 
     def get_outputs(self) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,10 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path}: must be a whole safetensors file, got: {error}") from None
 
 
-def read_index(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model directory by name, from the headers of its files."""
+def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Every tensor of some safetensors files by name, from their headers."""
     found: dict[str, TensorInfo] = {}
-    for path in weight_files(folder):
+    for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  not a dict
                 part = file.get_slice(name)
@@ -131,6 +131,12 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
                 if name in found:
                     raise CheckpointError(f"{path}: {name} must occur once, got it also in {found[name].file.name}")
                 found[name] = TensorInfo(name, path, _DTYPES[code], tuple(part.get_shape()))
+    return found
+
+
+def read_index(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a model directory by name, from the headers of its files."""
+    found = read_headers(weight_files(folder))
     if (folder / INDEX_NAME).is_file():
         for name in _read_json(folder / INDEX_NAME)["weight_map"]:
             if name not in found:
@@ -255,23 +261,26 @@ def appearing_at_once(out: Path, overwrite: bool = False) -> Iterator[Path]:
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
         raise CheckpointError(f"{out}: must be writable, got {error.strerror} for {error.filename}") from None
+    aside: Path | None = None
     try:
         staging.chmod(0o755)
         yield staging
         for path in staging.iterdir():
             _fsync(path)
         _fsync(staging)
-        replaced = None
         if out.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
-            os.rename(out, replaced / "old")
+            aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
+            os.rename(out, aside / "old")
         os.rename(staging, out)
         _fsync(out.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
+        if aside is not None and (aside / "old").exists() and not out.exists():
+            os.rename(aside / "old", out)  # what was there stays there
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        if aside is not None and (out.exists() or not (aside / "old").exists()):
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -88,16 +89,18 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
+    return int(text)
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be >= 0, got {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text!r}")
     return value
 
 
@@ -182,7 +185,7 @@ class ProgressDisplay:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from precal_ext.convert import load_lines, quantize_checkpoint
+    from precal_ext.convert import EXPERTS_NOTE, load_lines, quantize_checkpoint
 
     config = _config(args)
     display = None if args.quiet else ProgressDisplay(sys.stderr)
@@ -196,12 +199,14 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": args.out, "seconds": report.seconds, **report.summary()}))
         return EXIT_OK
-    kept = [e for e in report.entries if e.action == "keep"]
+    kept = [e for e in report.entries if e.action == "keep" and e.reason != EXPERTS_NOTE]
     print(
         f"{len(report.quantized)} of {len(report.entries)} tensors quantized in {report.seconds:.1f} s: "
         f"{report.bits_per_weight:.3f} bits per weight, SQNR {report.sqnr_db:.2f} dB, KL {report.kl_nats:.4f} nats"
     )
     print(f"weight files: {report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB, in {args.out}")
+    for note in report.notes[1:]:
+        print("note: " + note)
     if kept:
         print("left alone: " + ", ".join(f"{e.tensor.removesuffix('.weight')} ({e.reason})" for e in kept))
     print("load it with:")
@@ -222,6 +227,10 @@ def _quiet_host() -> None:
     hf_logging.set_verbosity_error()
 
 
+def _error(stderr: float | None, digits: int) -> str:
+    return "" if stderr is None else f" +/- {stderr:.{digits}f}"
+
+
 def _eval(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
@@ -237,10 +246,10 @@ def _eval(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.to_dict()))
         return EXIT_OK
-    nll = f"NLL {result.nll_nats:.4f} +/- {result.nll_stderr:.4f} nats, {result.tokens} tokens"
+    nll = f"NLL {result.nll_nats:.4f}{_error(result.nll_stderr, 4)} nats, {result.tokens} tokens"
     print(f"perplexity {result.perplexity:.4f}  ({nll})")
     if result.kld_nats is not None:
-        print(f"KLD        {result.kld_nats:.5f} +/- {result.kld_stderr:.5f} nats per token from {args.reference}")
+        print(f"KLD        {result.kld_nats:.5f}{_error(result.kld_stderr, 5)} nats per token from {args.reference}")
         print(f"top-1      {result.top1:.2%} agreement")
     return EXIT_OK
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    if not (_is_int(value) or isinstance(value, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # also refuses NaN, and integers beyond float
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class QuantizeConfig:
     normalize: str = "none"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         def settle(name: str, value: Any) -> None:
@@ -105,12 +107,13 @@ class QuantizeConfig:
             settle(name, tuple(patterns))
             for pattern in patterns:
                 _check_pattern(name, pattern)
-        _check("overrides", self.overrides, isinstance(self.overrides, Mapping), "a mapping from pattern to fields")
-        settle("overrides", {pattern: dict(fields) for pattern, fields in self.overrides.items()})
-        for pattern, fields in self.overrides.items():
+        overrides = self.overrides
+        _check("overrides", overrides, isinstance(overrides, Mapping), "a mapping from pattern to fields")
+        for pattern, fields in overrides.items():
             _check_pattern("overrides", pattern)
-            for name in fields:
-                _check(f"overrides[{pattern!r}]", name, name in MODULE_FIELDS, f"a field out of {MODULE_FIELDS}")
+            _check_fields("overrides", pattern, fields)
+        settle("overrides", {pattern: dict(fields) for pattern, fields in overrides.items()})
+        for fields in self.overrides.values():
             self._with(fields)
 
     def _with(self, fields: Mapping[str, Any]) -> QuantizeConfig:
@@ -147,6 +150,7 @@ class QuantizeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizeConfig:
+        _check("settings", data, isinstance(data, Mapping), "a mapping from field to value")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -161,11 +165,26 @@ class QuantizeConfig:
         return cls.from_dict(json.loads(text))
 
 
+def _check_fields(name: str, key: str, fields: Any) -> None:
+    _check(f"{name}[{key!r}]", fields, isinstance(fields, Mapping), "a mapping from field to value")
+    for item in fields:
+        _check(f"{name}[{key!r}]", item, item in MODULE_FIELDS, f"a field out of {MODULE_FIELDS}")
+
+
 def _check_pattern(name: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"config: {name} must hold regular expressions, got {pattern!r}")
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise ValueError(f"config: {name} must hold regular expressions, got {pattern!r} ({error})") from None
+
+
+def variants(name: str, prefix: str) -> tuple[str, ...]:
+    """A module's name as it is, and with or without the prefix of the base model."""
+    if not prefix:
+        return (name,)
+    return name, f"{prefix}.{name}", name.removeprefix(prefix + ".")
 
 
 # ---- quantization_config of a model's config.json -------------------------------------------------------------------
@@ -187,8 +206,19 @@ class ModelFormat:
     modules_to_not_convert: tuple[str, ...] = ()
     module_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def for_module(self, name: str) -> QuantizeConfig:
-        return self.config._with(self.module_overrides.get(name, {}))
+    def for_module(self, name: str, prefix: str = "") -> QuantizeConfig:
+        """Settings of a module; ``prefix`` as in ``converts``."""
+        found = next((v for v in variants(name, prefix) if v in self.module_overrides), name)
+        return self.config._with(self.module_overrides.get(found, {}))
+
+    def converts(self, name: str, prefix: str = "") -> bool:
+        """Whether a linear module is quantized.
+
+        Args:
+            prefix: name under which the base model sits in the whole one ("model" in Llama): a base model loaded alone
+                lacks it, and its checkpoint may.
+        """
+        return not any(v in self.modules_to_not_convert for v in variants(name, prefix))
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""
@@ -224,10 +254,8 @@ class ModelFormat:
         good = isinstance(skipped, (list, tuple)) and all(isinstance(name, str) for name in skipped)
         _check("modules_to_not_convert", skipped, good, "a list of module names")
         overrides = data.get("module_overrides") or {}
-        good = isinstance(overrides, Mapping) and all(isinstance(v, Mapping) for v in overrides.values())
-        _check("module_overrides", overrides, good, "a mapping from module name to fields")
+        _check("module_overrides", overrides, isinstance(overrides, Mapping), "a mapping from module name to fields")
         for name, fields in overrides.items():
-            for key in fields:
-                _check(f"module_overrides[{name!r}]", key, key in MODULE_FIELDS, f"a field out of {MODULE_FIELDS}")
+            _check_fields("module_overrides", name, fields)
             config._with(fields)
         return cls(config, tuple(skipped), overrides)

@@ -28,8 +28,9 @@ from precal_ext.measure import measure
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
 from precal_ext.report import REPORT_NAME, Entry, Report
-from precal_ext.select import Decision, decide, find_linears, model_format
+from precal_ext.select import Decision, decide, find_linears, is_expert, model_format
 
+EXPERTS_NOTE = "expert weight, not quantized yet"
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -92,12 +93,13 @@ def quantize_checkpoint(
     if resolved_out in resolved_model.parents:
         raise CheckpointError(f"{out}: must not contain the model, got a parent of {model}")
     model_config = read_config(model)
-    if model_config.get("quantization_config"):
-        method = model_config["quantization_config"].get("quant_method", "unknown")
+    existing = model_config.get("quantization_config")
+    if existing:
+        method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
         raise CheckpointError(f"{model}: must not be quantized yet, got a model quantized by {method!r}")
     index = read_index(model)
     found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
-    decisions = {d.module: d for d in decide(found.names, config, found.heads, found.tied)}
+    decisions = {d.module: d for d in decide(found.names, config, found.heads, found.tied, _model_type(model_config))}
     jobs = _plan(index, decisions, config)
     if not any(job.spec for job in jobs):
         raise CheckpointError(
@@ -105,6 +107,9 @@ def quantize_checkpoint(
         )
 
     report = Report(config, notes=[f"linear layers found by {found.source}"])
+    experts = sum(is_expert(job.info.name) for job in jobs)
+    if experts:
+        report.notes.append(f"{experts} {EXPERTS_NOTE.replace('weight', 'weights')}: most of this model stays as it is")
     report.bytes_before = sum(job.info.nbytes for job in jobs)
     with appearing_at_once(out, overwrite) as staging:
         writer = ShardWriter(staging, _outputs(jobs), max_shard_bytes)
@@ -167,7 +172,7 @@ def _run(
     for count, job in enumerate(jobs, 1):
         if job.spec is None or job.decision is None:
             writer.write(job.info.name, read_tensor(job.info))
-            action, reason = ("copy", "not a linear weight") if job.decision is None else ("keep", job.decision.reason)
+            action, reason = _why_copied(job)
             report.entries.append(Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info)))
         else:
             name = job.decision.fusion_set
@@ -182,6 +187,18 @@ def _run(
         done += job.info.nbytes
         if progress is not None:
             progress(Progress(job.info.name, count, len(jobs), done, total))
+
+
+def _why_copied(job: _Job) -> tuple[str, str]:
+    if job.decision is not None:
+        return "keep", job.decision.reason
+    if is_expert(job.info.name):
+        return "keep", EXPERTS_NOTE
+    return "copy", "not a linear weight"
+
+
+def _model_type(model_config: Mapping[str, Any]) -> str:
+    return str(model_config.get("model_type") or "")
 
 
 def entry(decision: Decision, settings: QuantizeConfig, w: Tensor, q: QTensor, dtype: str) -> Entry:
@@ -235,7 +252,7 @@ def load_lines(out: str) -> list[str]:
     return [
         "import precal_ext",
         "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{out}")',
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(out, ensure_ascii=False)})",
     ]
 
 

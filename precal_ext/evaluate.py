@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precal_ext.checkpoint import CheckpointError, read_config
+from precal_ext.checkpoint import CheckpointError, read_config, read_index
 
 DEFAULT_WINDOW = 256
 _BATCH = 8
@@ -27,13 +27,13 @@ class Evaluation:
         tokens: predicted tokens.  nll_nats: mean negative log likelihood, nats per token.  perplexity: exp of it.
         kld_nats: mean KL(reference || model) of the next-token distributions, nats per token; None without a reference.
         top1: share of tokens whose most likely next token is the reference's; None without a reference.
-        nll_stderr, kld_stderr: standard errors of the means over windows of text.
+        nll_stderr, kld_stderr: standard errors of the means over windows of text; None with a single window.
     """
 
     tokens: int
     nll_nats: float
     perplexity: float
-    nll_stderr: float
+    nll_stderr: float | None
     kld_nats: float | None = None
     kld_stderr: float | None = None
     top1: float | None = None
@@ -46,6 +46,7 @@ def load(path: str | Path) -> tuple[Any, Any]:
     """Model (eval mode) and tokenizer of a directory, quantized or not."""
     folder = Path(path)
     read_config(folder)
+    read_index(folder)  # a damaged file is named before transformers trips over it
     try:
         import transformers
     except ImportError:
@@ -70,7 +71,7 @@ def read_windows(tokenizer: Any, path: Path, window: int, limit: int | None = No
         raise CheckpointError(f"{path}: must be a readable UTF-8 text file, got: {error}") from None
     if path.suffix == ".jsonl":
         try:
-            documents = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+            documents = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise CheckpointError(f'{path}: every line must be a JSON object with a "text" field') from None
         windows = [list(tokenizer(d)["input_ids"])[:window] for d in documents]
@@ -130,11 +131,11 @@ def _log_probabilities(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float().log_softmax(-1)
 
 
-def _stderr(sums: Sequence[float], counts: Sequence[int]) -> float:
+def _stderr(sums: Sequence[float], counts: Sequence[int]) -> float | None:
     """Standard error of a ratio of sums over windows (linearised)."""
     n, total = len(sums), sum(counts)
     if n < 2:
-        return math.nan
+        return None
     mean = sum(sums) / total
     squares = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
     return math.sqrt(squares * n / (n - 1)) / total

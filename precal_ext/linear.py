@@ -163,7 +163,10 @@ class PrecalLinear(nn.Module):
 
 
 def _move(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """``fn`` without its cast: a casting function leaves integers alone, so floats go as an integer view."""
-    if tensor.is_floating_point():
-        return fn(tensor.view(torch.int16)).view(tensor.dtype)
-    return fn(tensor)
+    """``fn`` without its cast. Most casting functions leave integers alone, so floats go as an integer view; what comes
+    back with another dtype all the same (``module.type``) is only moved."""
+    before = tensor.view(torch.int16) if tensor.is_floating_point() else tensor
+    after = fn(before)
+    if after.dtype != before.dtype:
+        after = before.to(after.device)
+    return after.view(tensor.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from precal_ext.checkpoint import (
     MAX_SHARD_BYTES,
     CheckpointError,
     ShardWriter,
+    TensorInfo,
     appearing_at_once,
     read_config,
     read_index,
     read_tensor,
 )
-from precal_ext.config import ModelFormat, QuantizeConfig
+from precal_ext.config import ModelFormat, QuantizeConfig, variants
 from precal_ext.convert import entry
 from precal_ext.linear import PrecalLinear
 from precal_ext.qtensor import WeightSpec
@@ -30,9 +31,12 @@ from precal_ext.select import Decision, SelectionError, decide, model_format
 
 FORMAT_ATTRIBUTE = "precal_format"
 
+# Called with a model and its format once it is quantized or loaded here: adapters give it what their host wants.
+attach_hooks: list[Callable[[nn.Module, ModelFormat], None]] = []
+
 
 def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Report:
-    """Replace the linear layers of a model by ``PrecalLinear``, in place.
+    """Replace the linear layers of a model by ``PrecalLinear``, in place, all of them or none.
 
     The choice is that of ``precal quantize``: every ``nn.Linear`` but output heads, tied weights and routers, with
     ``include`` and ``exclude`` of the config; fusion sets share settings and grid. The result is the same, bit for bit.
@@ -42,12 +46,16 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
     Returns:
         The report: every linear, what was done, why, with figures.
     Raises:
-        SelectionError: nothing to quantize.  ValueError, TypeError: a weight cannot be quantized.
+        SelectionError: nothing to quantize, or quantized already.
+        ValueError, TypeError: a weight cannot be quantized; the message names its module, the model stays as it was.
     """
     config = config or QuantizeConfig()
     started = time.monotonic()
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    decisions = decide(linears, config, _heads(model, linears), _tied(model, linears))
+    if any(isinstance(m, PrecalLinear) for m in model.modules()):
+        raise SelectionError("quantize_model: the model must not be quantized yet, got one with PrecalLinear modules")
+    linears = find_linear_modules(model)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    decisions = decide(linears, config, _heads(model, linears), _tied(model, linears), model_type)
     chosen = [d for d in decisions if d.quantized]
     if not chosen:
         raise SelectionError("quantize_model: the model must have linear layers to quantize, got none")
@@ -55,10 +63,8 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
     for d in chosen:
         sets.setdefault(d.fusion_set, []).append(d)
     report = Report(config, notes=["linear layers found in the model"])
-    grids = {
-        name: _fit([linears[d.module] for d in members], config.for_module(members[0].module))
-        for name, members in sets.items()
-    }
+    grids: dict[str, Tensor | None] = {}
+    replacements: dict[int, PrecalLinear] = {}
     for d in decisions:
         module = linears[d.module]
         report.bytes_before += module.weight.nbytes
@@ -68,24 +74,43 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
             report.bytes_after += module.weight.nbytes
             continue
         settings = config.for_module(d.module)
-        w = _weight(module)
+        if d.fusion_set not in grids:
+            members = {m.module: linears[m.module] for m in sets[d.fusion_set]}
+            grids[d.fusion_set] = _fit(members, settings)
+        w = _weight(d.module, module)
         q = quantize_weight(w, settings, grids[d.fusion_set])
         report.entries.append(entry(d, settings, w, q, dtype))
         report.bytes_after += q.spec.stored_bits() // 8
-        _replace(model, d.module, PrecalLinear.from_qtensor(q, module.bias))
+        replacements[id(module)] = PrecalLinear.from_qtensor(q, module.bias)
+    for name, other in list(model.named_modules(remove_duplicate=False)):
+        if id(other) in replacements:
+            _replace(model, name, replacements[id(other)])
     attach_format(model, model_format(decisions, config))
     report.seconds = time.monotonic() - started
     return report
 
 
-def _fit(modules: list[nn.Linear], settings: QuantizeConfig) -> Tensor | None:
-    share = max(1, SAMPLE // len(modules))
-    return fit_set_grid([sample_rows(_weight(m), share) for m in modules], settings)
+def find_linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """The modules that can become ``PrecalLinear``: not those whose owner reads their weight itself."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    }
 
 
-def _weight(module: nn.Linear) -> Tensor:
+def _fit(members: Mapping[str, nn.Linear], settings: QuantizeConfig) -> Tensor | None:
+    share = max(1, SAMPLE // len(members))
+    return fit_set_grid([sample_rows(_weight(name, m), share) for name, m in members.items()], settings)
+
+
+def _weight(name: str, module: nn.Linear) -> Tensor:
     w = module.weight.detach().contiguous()
-    return w.float() if w.dtype == torch.float64 else w
+    w = w.float() if w.dtype == torch.float64 else w
+    if not bool(torch.isfinite(w).all()):
+        n, k = (~torch.isfinite(w)).nonzero()[0].tolist()
+        raise ValueError(f"quantize_model: {name}.weight must be finite, got {w[n, k].item()} at [{n}, {k}]")
+    return w
 
 
 def _heads(model: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
@@ -112,28 +137,61 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def attach_format(model: nn.Module, fmt: ModelFormat) -> None:
     """Remember how a model is quantized, where saving looks for it."""
     setattr(model, FORMAT_ATTRIBUTE, fmt)
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        from precal_ext.integrations.transformers import attach
-
-        attach(model, fmt)
+    for hook in attach_hooks:
+        hook(model, fmt)
 
 
-def swap_linears(model: nn.Module, fmt: ModelFormat, device: torch.device | str | None = None) -> list[str]:
-    """Put an empty ``PrecalLinear`` in place of every linear that the format converts; returns their names.
+def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, TensorInfo]) -> list[str]:
+    """Put an empty ``PrecalLinear`` in place of every linear that the format converts and the checkpoint holds.
+
+    Headers are compared with what the format implies before anything is loaded: loaders fill what a checkpoint lacks
+    with whatever the memory held.
 
     Args:
-        device: where the empty buffers go; None: where the linear's weight is.
+        stored: every tensor of the checkpoint. A linear without quantized tensors there stays dense (a new head).
+    Returns:
+        Names of the swapped modules.
+    Raises:
+        CheckpointError: a tensor is missing, or has another dtype or shape than it must.
     """
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    keys: dict[str, set[str]] = {}
+    for name in stored:
+        module_name, _, leaf = name.rpartition(".")
+        keys.setdefault(module_name, set()).add(leaf)
     swapped = []
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or name in fmt.modules_to_not_convert:
+    for name, module in find_linear_modules(model).items():
+        if not fmt.converts(name, prefix):
             continue
-        spec = WeightSpec.from_config(module.out_features, module.in_features, fmt.for_module(name))
-        where = module.weight.device if device is None else device
+        source = next((v for v in variants(name, prefix) if any(is_stored(k) for k in keys.get(v, ()))), None)
+        if source is None:
+            continue
+        spec = WeightSpec.from_config(module.out_features, module.in_features, fmt.for_module(name, prefix))
+        _check_headers(source, keys[source], spec, stored)
         dtype = None if module.bias is None else module.bias.dtype
-        _replace(model, name, PrecalLinear(spec, module.bias is not None, where, dtype))
+        _replace(model, name, PrecalLinear(spec, module.bias is not None, module.weight.device, dtype))
         swapped.append(name)
     return swapped
+
+
+def _check_headers(source: str, given: set[str], spec: WeightSpec, stored: Mapping[str, TensorInfo]) -> None:
+    some = stored[f"{source}.{next(iter(given))}"].file
+    wanted = spec.tensors()
+    for key, (dtype, shape) in wanted.items():
+        if key not in given:
+            raise CheckpointError(f"{some}: {source}.{key} must be there, got nothing; the checkpoint is incomplete")
+        info = stored[f"{source}.{key}"]
+        if info.dtype != dtype or info.shape != shape:
+            got = f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(f"{info.file}: {source}.{key} must be {dtype} {list(shape)}, got {got}")
+    extra = sorted(k for k in given if k not in wanted and (is_stored(k) or k == "weight"))
+    if extra:
+        raise CheckpointError(f"{some}: {source} must have the tensors of its settings, got also {', '.join(extra)}")
+
+
+def is_stored(key: str) -> bool:
+    """Whether the last part of a tensor's name is one of a quantized weight."""
+    return key.startswith("weight_")
 
 
 def save_quantized(
@@ -190,35 +248,48 @@ def load_quantized(path: str | Path, model: nn.Module | None = None, **kwargs: A
     """
     folder = Path(path)
     fmt = read_format(folder)
+    index = read_index(folder)
     if model is None:
-        try:
-            import transformers
-        except ImportError:
-            raise CheckpointError(
-                f"{folder}: building the model needs transformers; pip install 'precal[hf]', or pass model="
-            ) from None
-        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        return loaded
+        return _load_with_transformers(folder, kwargs)
     if kwargs:
         raise TypeError(f"load_quantized: keyword arguments must go with model=None, got {', '.join(kwargs)}")
-    swap_linears(model, fmt)
-    index = read_index(folder)
+    swap_linears(model, fmt, index)
     expected = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
     for name, info in index.items():
         if name not in expected:
             raise CheckpointError(f"{info.file}: {name} must belong to the model, got no such parameter or buffer")
-        dtype, shape = expected[name]
-        if info.shape != shape or (_is_stored(name) and info.dtype != dtype):
-            got = f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(f"{info.file}: {name} must be {dtype} {list(shape)}, got {got}")
+        if info.shape != expected[name][1]:
+            got = list(info.shape)
+            raise CheckpointError(f"{info.file}: {name} must have shape {list(expected[name][1])}, got {got}")
     _fill(model, {name: read_tensor(info) for name, info in index.items()}, folder)
     attach_format(model, fmt)
     return model.eval()
 
 
-def _is_stored(name: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    return leaf.startswith("weight_")
+def _load_with_transformers(folder: Path, kwargs: Mapping[str, Any]) -> nn.Module:
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            f"{folder}: building the model needs transformers; pip install 'precal[hf]', or pass model="
+        ) from None
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = load(folder, **{**kwargs, "output_loading_info": True})
+    except CheckpointError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    for kind, contract in (
+        ("missing_keys", "every tensor must be there, got none for"),
+        ("unexpected_keys", "tensors must belong to the model, got also"),
+        ("mismatched_keys", "tensors must have the model's shapes, got others for"),
+    ):
+        names = sorted(map(str, info.get(kind) or ()))
+        if names:
+            raise CheckpointError(f"{folder}: {contract} {', '.join(names[:4])}")
+    loaded: nn.Module = model
+    return loaded
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -75,7 +75,7 @@ def soft_threshold(w: Tensor, lam: float) -> Tensor:
     """One step of adaptive LASSO: shrink each weight by ``lam / |w|``, zero what crosses zero.
 
     out = sign(w) * max(|w| - lam / |w|, 0); 0 gives 0, an infinity stays, NaN stays NaN. A weight survives exactly when
-    ``w**2 > lam``, evaluated without rounding. (arXiv 2405.13358; formula in docs/method.md.)
+    ``w**2 > lam``, evaluated without rounding; its value is never rounded to zero. (arXiv 2405.13358.)
 
     Args:
         w: any shape, float32, float16 or bfloat16; CPU or CUDA.
@@ -227,7 +227,7 @@ def quantize_groups(
     weights below about 2**-16 of the row's mean amplitude vanish.
 
     Args:
-        w: [N, K] float32, float16 or bfloat16, finite.
+        w: [N, K] float32, float16 or bfloat16, finite, at most 2**126 in magnitude.
         grid: int8 [2**bits] or [1, 2**bits] non-decreasing levels, or None for the uniform u - 2**(bits-1).
         bits: 2 to 8.  group_size: >= 1, the last group may be short.  c: 0 to 16.  lam: >= 0.
         scale_dtype: "e4m3", or "float16" (then search_lo = search_hi = 1).
@@ -250,7 +250,7 @@ def quantize_split(
     """The published split: two symmetric min-max grids per group, one for salient weights and one for the rest.
 
     Args:
-        w: [N, K] float32, float16 or bfloat16, finite.  salient: bool [N, K].  bits: 2 to 8.
+        w: [N, K] float32, float16 or bfloat16, finite, at most 2**126.  salient: bool [N, K].  bits: 2 to 8.
     Returns:
         codes uint8 [N, K]; scale float16 [N, G]; row_scale bfloat16 [N]; outlier_scale float16 [N, G];
         outlier_mask uint8 [N, ceil(K/8)], bit k % 8 of byte k / 8.
@@ -601,7 +601,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
         grad_x = (grad.float() @ weight).to(grad.dtype)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.float().reshape(-1, N).sum(0).to(ctx.bias_dtype)
+        grad_bias = grad.float().flatten(0, -2).sum(0) if grad.dim() > 1 else grad.float()
+        grad_bias = grad_bias.to(ctx.bias_dtype)
     return (grad_x, None, grad_bias, *([None] * 8))
 
 

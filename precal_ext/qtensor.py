@@ -163,6 +163,8 @@ class QTensor:
         used = spec.K * spec.bits % 32
         if used and spec.N and bool(((t["weight_packed"][:, -1].to(torch.int64) & 0xFFFFFFFF) >> used).any()):
             fail("weight_packed", "must have zero bits after the last code of a row")
+        if spec.split and spec.K % 8 and bool((t["weight_outlier_mask"][:, -1] >> spec.K % 8).any()):
+            fail("weight_outlier_mask", "must have zero bits after the last column of a row")
         if spec.c:
             self._validate_outliers(fail)
 

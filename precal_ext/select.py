@@ -42,6 +42,9 @@ _FUSED = (
 )
 _EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
+# Linears whose weight the model's own code in transformers reads or rewrites, by model_type.
+_REWRITTEN = {"rwkv": re.compile(r"(^|\.)(attention\.output|feed_forward\.value)$")}
+
 
 class SelectionError(ValueError):
     """No sensible choice of modules; the message says what to name."""
@@ -76,17 +79,28 @@ def fusion_set_of(module: str) -> str:
     return _EXPERT.sub(r"\1experts.*.", name)
 
 
+def is_expert(module: str) -> bool:
+    """One of the experts of a mixture: on disk a linear weight, in memory a slice of one tensor for all of them."""
+    return _EXPERT.search(module) is not None
+
+
 def decide(
-    linears: Iterable[str], config: QuantizeConfig, heads: Collection[str] = (), tied: Collection[str] = ()
+    linears: Iterable[str],
+    config: QuantizeConfig,
+    heads: Collection[str] = (),
+    tied: Collection[str] = (),
+    model_type: str = "",
 ) -> list[Decision]:
     """Choose among the linear modules of a model.
 
     Args:
         linears: names of all modules that compute x @ W.T.
         heads: those known to be output heads.  tied: those that share their weight with another module.
+        model_type: transformers' name of the architecture; some need a linear or two as they are.
     Raises:
         SelectionError: ``include`` names a tied module, or a fusion set would get unequal settings.
     """
+    rewritten = _REWRITTEN.get(model_type)
     decisions = []
     for name in linears:
         included = _first_match(config.include, name)
@@ -100,6 +114,8 @@ def decide(
                     f"select: {name} must not be included, it shares its weight with the embedding; untie them first"
                 )
             keep = "shares its weight with the embedding"
+        elif rewritten is not None and rewritten.search(name):
+            keep = f"rescaled in place by the {model_type} model"
         elif included is None and (name in heads or _HEAD.search(name)):
             keep = "output head"
         elif included is None and _ROUTER.search(name):
@@ -150,7 +166,10 @@ def model_format(
     for d in decisions:
         fields = _module_fields(config.for_module(d.module))
         if d.quantized and fields != _module_fields(base):
-            overrides[names.get(d.module, d.module)] = {k: v for k, v in fields.items() if v != getattr(base, k)}
+            changed = {k: v for k, v in fields.items() if v != getattr(base, k)}
+            if "bits" in changed:
+                changed["grid"] = fields["grid"]  # a reader derives the grid from the width unless told
+            overrides[names.get(d.module, d.module)] = changed
     kept = [names.get(d.module, d.module) for d in decisions if not d.quantized]
     return ModelFormat(base, tuple(dict.fromkeys([*kept, *sorted(absent)])), overrides)
 
@@ -198,7 +217,7 @@ def find_linears(
         names: set[str] = set()
         source = "include"
         if any(a in _KNOWN_ARCHITECTURES for a in architectures):
-            names = {name for name in matrices if _KNOWN_LINEARS.search(name)}
+            names = {name for name in matrices if _KNOWN_LINEARS.search(name) and not is_expert(name)}
             source = "name patterns"
         elif not config.include:
             some = ", ".join(sorted(matrices)[:4])
@@ -213,6 +232,14 @@ def find_linears(
             tuple(names), frozenset(head & matrices), frozenset(tied & matrices), frozenset(head - matrices), {}, source
         )
     extra = {name for name in matrices - set(found.names) if _first_match(config.include, name) is not None}
+    if found.source == "transformers" and extra:
+        some = ", ".join(sorted(extra)[:3])
+        raise SelectionError(
+            f"select: --include must match linear layers only, got {list(config.include)}, which matches {some}: "
+            "no nn.Linear of this model, so it could not be loaded again"
+        )
+    if any(is_expert(name) for name in extra):
+        raise SelectionError("select: --include must not name expert weights, they cannot be loaded quantized yet")
     order = {name: i for i, name in enumerate(shapes)}
     names_in_order = sorted(set(found.names) | extra, key=lambda n: order[n + ".weight"])
     return dataclasses.replace(found, names=tuple(names_in_order))

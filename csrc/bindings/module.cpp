@@ -107,6 +107,14 @@ PYBIND11_MODULE(_C, m) {
       "prepacked_bytes",
       [](int64_t N, int64_t K, int bits, int64_t group_size, int c, bool uniform, bool split,
          const std::string& scale_dtype) {
+        // As strict as prepack itself: fakes come here with whatever they were given.
+        constexpr int64_t kLimit = int64_t(1) << 30;
+        if (N < 0 || N > kLimit || K < 0 || K > kLimit || group_size < 1 || group_size > kLimit || bits < 2 ||
+            bits > 8 || c < 0 || c > format::kMaxCapacity) {
+          throw py::value_error(
+              concat("prepacked_bytes: N and K must lie in [0, 2^30], group_size in [1, 2^30], bits in ",
+                     "[2, 8], c in [0, 16], got ", N, ", ", K, ", ", group_size, ", ", bits, ", ", c));
+        }
         format::WeightFormat f;
         f.N = N;
         f.K = K;

@@ -9,7 +9,8 @@
 
 namespace precal {
 
-PRECAL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// a >= 0, b > 0; no overflow, whatever b.
+PRECAL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 PRECAL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 union FloatBits {
@@ -30,6 +31,9 @@ PRECAL_INLINE float bits_float(uint32_t bits) {
 }
 
 PRECAL_INLINE float abs_float(float value) { return bits_float(float_bits(value) & 0x7FFFFFFFu); }
+
+// Weights up to 2^126 can be quantized: beyond, a scale rounded up would carry W' out of float32.
+constexpr float kMaxWeight = 8.507059173023462e37f;
 
 PRECAL_INLINE bool is_finite(float value) { return (float_bits(value) & 0x7F800000u) != 0x7F800000u; }
 
@@ -68,6 +72,22 @@ PRECAL_INLINE uint16_t float_to_half(float value) {
   }
   magnitude += 0xFFFu + ((magnitude >> 13) & 1u);
   return uint16_t(sign | ((magnitude - 0x38000000u) >> 13));
+}
+
+// A value that is not zero does not become zero in a narrower format: the smallest magnitude stands for it.
+PRECAL_INLINE float double_to_float_nonzero(double value) {
+  const float f = float(value);
+  return (f == 0.0f && value != 0.0) ? (value < 0.0 ? -1.0f : 1.0f) * bits_float(1) : f;
+}
+
+PRECAL_INLINE uint16_t float_to_bf16_nonzero(float value) {
+  const uint16_t h = float_to_bf16(value);
+  return ((h & 0x7FFFu) == 0 && value != 0.0f) ? uint16_t(h | 1u) : h;
+}
+
+PRECAL_INLINE uint16_t float_to_half_nonzero(float value) {
+  const uint16_t h = float_to_half(value);
+  return ((h & 0x7FFFu) == 0 && value != 0.0f) ? uint16_t(h | 1u) : h;
 }
 
 }  // namespace precal

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integer histogram of w / divisor. Bin b holds lo + [b, b + 1) * (hi - lo) / num_bins, the last bin also hi; below,
-// above and NaN are counted apart. Integer sums: any split over threads gives the same counts.
+// Integer histogram of w / divisor. Bin b holds lo + b * h <= x < lo + (b + 1) * h, h = (hi - lo) / num_bins, the last
+// bin also hi; below, above and NaN are counted apart. Integer sums: any split over threads gives the same counts.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -8,9 +8,18 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
+// The quotient finds the bin up to its rounding; the edges themselves decide.
+PRECAL_INLINE int64_t find_bin(double x, double lo, double h, int64_t num_bins) {
+  int64_t bin = int64_t((x - lo) / h);
+  if (bin > num_bins - 1) bin = num_bins - 1;
+  while (bin > 0 && x < lo + double(bin) * h) --bin;
+  while (bin < num_bins - 1 && x >= lo + double(bin + 1) * h) ++bin;
+  return bin;
+}
+
 static void histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_end, int64_t* counts,
                       int64_t* outside) {
-  const double bins_per_unit = double(args.num_bins) / (args.hi - args.lo);
+  const double h = (args.hi - args.lo) / double(args.num_bins);
   for (int64_t n = row_begin; n < row_end; ++n) {
     for (int64_t g = 0; g < args.num_groups; ++g) {
       const int64_t group = n * args.num_groups + g;
@@ -22,8 +31,7 @@ static void histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_
       for (int64_t k = begin; k < end; ++k) {
         const double x = double(load_element(args.w, args.dtype, n * args.K + k) / divisor);
         if (x >= args.lo && x <= args.hi) {
-          const int64_t bin = int64_t((x - args.lo) * bins_per_unit);
-          counts[bin < args.num_bins ? bin : args.num_bins - 1] += mass;
+          counts[find_bin(x, args.lo, h, args.num_bins)] += mass;
         } else {
           outside[x < args.lo ? 0 : x > args.hi ? 1 : 2] += mass;
         }

@@ -119,7 +119,7 @@ struct KernelTable {
   void (*soft_threshold)(const SoftThresholdArgs&, int64_t begin, int64_t end);
   void (*magnitude_digit)(const MagnitudeDigitArgs&, int64_t begin, int64_t end, int64_t* counts);
   void (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside);
-  // Returns the flat index of the first element that is not finite, or -1.
+  // Returns the flat index of the first element that is not finite or above kMaxWeight, or -1.
   int64_t (*quantize_rows)(const QuantizeArgs&, int64_t row_begin, int64_t row_end, float* scratch);
   // Returns false when a code does not fit in `bits`.
   bool (*pack_rows)(const PackArgs&, int64_t row_begin, int64_t row_end);

@@ -120,6 +120,10 @@ struct Unpack {
   Status run(const TensorView* out) const;
 };
 
+// Levels as floats, of a checked grid [1, 2^bits] or of the uniform one when it is absent; repeated up to 256 entries,
+// so that a lookup by 4 bits needs no masking. Refuses levels out of order or range.
+Status make_levels(const char* op, const TensorView& grid, int bits, float* levels);
+
 // The canonical tensors of one weight, as dequantize and prepack take them.
 struct WeightTensors {
   TensorView packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale, mask;

@@ -188,6 +188,20 @@ Status check_mass(const char* name, const TensorView& t) {
   return {};
 }
 
+// Adds `smoothing` to every bin and divides by the sum, scaled by the largest bin so that no sum overflows. Returns the
+// (scaled) sum, 0 for an empty histogram.
+double normalize(std::vector<double>* mass, double smoothing) {
+  double largest = smoothing, total = 0.0;
+  for (double m : *mass) largest = std::max(largest, m);
+  if (largest == 0.0) return 0.0;
+  for (double& m : *mass) {
+    m = m / largest + smoothing / largest;
+    total += m;
+  }
+  for (double& m : *mass) m /= total;
+  return total;
+}
+
 Status read_mass(const char* name, const TensorView& t, std::vector<double>* out) {
   out->resize(size_t(t.shape[0]));
   for (int64_t i = 0; i < t.shape[0]; ++i) {
@@ -226,16 +240,11 @@ Status Histogram::plan(TensorSpec* out) const {
 }
 
 Status Histogram::run(const TensorView* out) const {
-  HistogramArgs args{w.data,
-                     w.dtype,
-                     w.shape[1],
-                     group_size,
-                     ceil_div(w.shape[1], group_size),
-                     divisor.as<float>(),
-                     weight.as<int64_t>(),
-                     num_bins,
-                     lo,
-                     hi};
+  // A larger group is the whole row; begin + group_size must not overflow.
+  const int64_t columns = std::min(group_size, std::max<int64_t>(w.shape[1], 1));
+  HistogramArgs args{
+      w.data,   w.dtype, w.shape[1], columns, ceil_div(w.shape[1], columns), divisor.as<float>(), weight.as<int64_t>(),
+      num_bins, lo,      hi};
   int64_t* counts = out[0].as<int64_t>();
   int64_t* outside = out[1].as<int64_t>();
   std::fill(counts, counts + num_bins, 0);
@@ -294,21 +303,17 @@ Status KlDivergence::run(const TensorView* out) const {
   std::vector<double> pm, qm;
   PRECAL_RETURN_IF_ERROR(read_mass("p", p, &pm));
   PRECAL_RETURN_IF_ERROR(read_mass("q", q, &qm));
-  double p_total = 0.0, q_total = 0.0;
-  for (size_t b = 0; b < pm.size(); ++b) {
-    pm[b] += smoothing;
-    qm[b] += smoothing;
-    p_total += pm[b];
-    q_total += qm[b];
-  }
+  const double p_total = normalize(&pm, smoothing), q_total = normalize(&qm, smoothing);
   double kl = 0.0;
   if (p_total > 0.0 && q_total > 0.0) {
     for (size_t b = 0; b < pm.size(); ++b) {
-      const double pb = pm[b] / p_total, qb = qm[b] / q_total;
+      const double pb = pm[b], qb = qm[b];
       if (pb == 0.0) {
         kl += qb;
       } else if (qb == 0.0) {
         kl = std::numeric_limits<double>::infinity();
+      } else if (pb > 2.0 * qb || qb > 2.0 * pb) {
+        kl += pb * (std::log(pb) - std::log(qb)) - pb + qb;  // far from 0; the quotient may leave the range of double
       } else {
         const double d = (pb - qb) / qb;  // (1 + d) log(1 + d) - d >= 0
         kl += std::max(0.0, qb * ((1.0 + d) * std::log1p(d) - d));

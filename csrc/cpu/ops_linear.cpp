@@ -97,6 +97,8 @@ Status Prepack::plan(TensorSpec* out) const {
 Status Prepack::run(const TensorView* out) const {
   WeightFormat f;
   PRECAL_RETURN_IF_ERROR(weight.check("prepack", &f));
+  float levels[256];
+  PRECAL_RETURN_IF_ERROR(make_levels("prepack", weight.grid, f.bits, levels));
   const TileLayout t = format::tile_layout(f);
   const PrepackedHeader header = make_header(f);
   uint8_t* data = out[0].as<uint8_t>();

@@ -50,7 +50,40 @@ Status parse_scale_type(const char* op, const std::string& text, ScaleType* type
 
 DType scale_dtype_of(ScaleType type) { return type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16; }
 
-// Levels as floats, from a grid or uniform; repeated up to 256 entries so that indices of 4 bits need no masking.
+Status check_grid_shape(const char* op, const TensorView& grid, int64_t bits) {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
+  if (grid.ndim < 1 || grid.ndim > 2 || grid.shape[grid.ndim - 1] != (int64_t(1) << bits) ||
+      grid.numel() != (int64_t(1) << bits)) {
+    return invalid_value(op, ": grid must be [1, ", int64_t(1) << bits, "] (1, 2^bits), got ", shape_text(grid));
+  }
+  return {};
+}
+
+Status nonfinite(const char* op, const TensorView& w, int64_t index) {
+  const int64_t K = w.shape[1];
+  const float value = w.dtype == DType::kFloat32    ? w.as<float>()[index]
+                      : w.dtype == DType::kBFloat16 ? bf16_to_float(w.as<uint16_t>()[index])
+                                                    : half_to_float(w.as<uint16_t>()[index]);
+  const char* contract = is_finite(value) ? ": w must be at most 2^126 in magnitude, got " : ": w must be finite, got ";
+  return invalid_value(op, contract, value, " at [", index / K, ", ", index % K, "]");
+}
+
+Status run_quantize(const char* op, const TensorView& w, const QuantizeArgs& args) {
+  std::mutex lock;
+  int64_t bad = -1;
+  parallel_for(0, args.format.N, row_grain(args.format.K), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(quantize_scratch_floats(args)));
+    const int64_t first = kernels().quantize_rows(args, begin, end, scratch.data());
+    if (first < 0) return;
+    std::lock_guard<std::mutex> guard(lock);
+    if (bad < 0 || first < bad) bad = first;
+  });
+  return bad < 0 ? Status() : nonfinite(op, w, bad);
+}
+
+}  // namespace
+
 Status make_levels(const char* op, const TensorView& grid, int bits, float* levels) {
   const int count = 1 << bits;
   if (!grid.present) {
@@ -69,39 +102,6 @@ Status make_levels(const char* op, const TensorView& grid, int bits, float* leve
   for (int u = count; u < 256; ++u) levels[u] = levels[u - count];
   return {};
 }
-
-Status check_grid_shape(const char* op, const TensorView& grid, int64_t bits) {
-  PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
-  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
-  if (grid.ndim < 1 || grid.ndim > 2 || grid.shape[grid.ndim - 1] != (int64_t(1) << bits) ||
-      grid.numel() != (int64_t(1) << bits)) {
-    return invalid_value(op, ": grid must be [1, ", int64_t(1) << bits, "] (1, 2^bits), got ", shape_text(grid));
-  }
-  return {};
-}
-
-Status nonfinite(const char* op, const TensorView& w, int64_t index) {
-  const int64_t K = w.shape[1];
-  const float value = w.dtype == DType::kFloat32    ? w.as<float>()[index]
-                      : w.dtype == DType::kBFloat16 ? bf16_to_float(w.as<uint16_t>()[index])
-                                                    : half_to_float(w.as<uint16_t>()[index]);
-  return invalid_value(op, ": w must be finite, got ", value, " at [", index / K, ", ", index % K, "]");
-}
-
-Status run_quantize(const char* op, const TensorView& w, const QuantizeArgs& args) {
-  std::mutex lock;
-  int64_t bad = -1;
-  parallel_for(0, args.format.N, row_grain(args.format.K), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(quantize_scratch_floats(args)));
-    const int64_t first = kernels().quantize_rows(args, begin, end, scratch.data());
-    if (first < 0) return;
-    std::lock_guard<std::mutex> guard(lock);
-    if (bad < 0 || first < bad) bad = first;
-  });
-  return bad < 0 ? Status() : nonfinite(op, w, bad);
-}
-
-}  // namespace
 
 Status QuantizeGroups::plan(TensorSpec* out) const {
   constexpr const char* op = "quantize_groups";

@@ -91,7 +91,8 @@ void normalize_units(const TensorView& w, int64_t unit, float* out) {
 TensorView normalized(const TensorView& w, Normalize normalize, int64_t group_size, std::vector<float>* buffer) {
   if (normalize == Normalize::kNone) return w;
   buffer->resize(size_t(w.numel()));
-  normalize_units(w, normalize == Normalize::kRow ? std::max<int64_t>(w.shape[1], 1) : group_size, buffer->data());
+  const int64_t row = std::max<int64_t>(w.shape[1], 1);
+  normalize_units(w, normalize == Normalize::kRow ? row : std::min(group_size, row), buffer->data());
   TensorView z = w;
   z.dtype = DType::kFloat32;
   z.data = buffer->data();
@@ -192,7 +193,7 @@ Status SalienceThreshold::run(const TensorView* out) const {
     lam[0] = k == 0 ? largest * largest : lam_below(select_magnitude(z, k));
     return {};
   }
-  const int64_t unit = s == Scope::kRow ? K : group_size;
+  const int64_t unit = s == Scope::kRow ? K : std::min(group_size, std::max<int64_t>(K, 1));
   const int64_t units = s == Scope::kRow ? 1 : ceil_div(K, group_size);
   parallel_for(0, N, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<float> magnitudes(static_cast<size_t>(std::min(unit, K)));

@@ -19,7 +19,6 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-constexpr float kBf16Max = 3.3895313892515355e38f;
 constexpr float kHalfMax = 65504.0f;
 
 // Levels as the search wants them: the first level, then midpoints and steps.
@@ -129,8 +128,7 @@ static float row_base(const float* amplitude, int64_t groups, format::ScaleType 
   const float least = largest / (type == format::ScaleType::kE4m3 ? 400.0f : 32768.0f);
   if (base < least) base = least;
   const float least_outlier = largest_outlier / (format::kOutlierUnit * 32768.0f);
-  if (base < least_outlier) base = least_outlier;
-  return base > kBf16Max ? kBf16Max : base;
+  return base < least_outlier ? least_outlier : base;
 }
 
 static int64_t quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_t row_end, float* scratch) {
@@ -157,7 +155,7 @@ static int64_t quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_
   for (int64_t n = row_begin; n < row_end; ++n) {
     load_elements(args.w, args.dtype, n * K, K, w);
     for (int64_t k = 0; k < K; ++k) {
-      if (!is_finite(w[k])) return n * K + k;
+      if (!(abs_float(w[k]) <= kMaxWeight)) return n * K + k;
     }
     for (int64_t i = 0; i < groups * stride; ++i) dense[i] = v[i] = 0.0f;
     for (int64_t k = 0; k < K; ++k) dense[(k / g_size) * stride + k % g_size] = 1.0f;
@@ -213,7 +211,8 @@ static int64_t quantize_rows(const QuantizeArgs& args, int64_t row_begin, int64_
     }
 
     // 3. row scale
-    const uint16_t row_code = float_to_bf16(row_base(amplitude, groups, f.scale_type, largest_scale, largest_outlier));
+    const uint16_t row_code =
+        float_to_bf16_nonzero(row_base(amplitude, groups, f.scale_type, largest_scale, largest_outlier));
     const float row_scale = bf16_to_float(row_code);
     args.row_scale[n] = row_code;
     if (row_scale > 0.0f) {

@@ -25,9 +25,9 @@ __device__ float load(const void* w, int64_t i) {
 template <DType kType>
 __device__ void store(void* out, int64_t i, float value) {
   if constexpr (kType == DType::kBFloat16) {
-    static_cast<uint16_t*>(out)[i] = float_to_bf16(value);
+    static_cast<uint16_t*>(out)[i] = float_to_bf16_nonzero(value);
   } else if constexpr (kType == DType::kFloat16) {
-    static_cast<uint16_t*>(out)[i] = float_to_half(value);
+    static_cast<uint16_t*>(out)[i] = float_to_half_nonzero(value);
   } else {
     static_cast<float*>(out)[i] = value;
   }
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) soft_threshold_kernel(SoftThresholdP
     const float w = load<kType>(p.w, i);
     const double square = double(w) * double(w);
     float out = 0.0f;
-    if (!(square <= p.lam)) out = float((square - p.lam) / double(w));  // NaN stays NaN
+    if (!(square <= p.lam)) out = double_to_float_nonzero((square - p.lam) / double(w));  // NaN stays NaN
     if ((float_bits(w) & 0x7FFFFFFFu) == 0x7F800000u) out = w;
     store<kType>(p.out, i, out);
   }

@@ -19,6 +19,7 @@ constexpr float kE4m3MaxValue = 448.0f;
 PRECAL_INLINE float e4m3_to_float(uint8_t code) {
   const uint32_t exponent = (code >> 3) & 15u, mantissa = code & 7u;
   const uint32_t sign = uint32_t(code & 0x80u) << 24;
+  if ((code & 0x7Fu) == 0x7Fu) return bits_float(sign | 0x7FC00000u);  // NaN stays NaN, it never becomes 480
   if (exponent == 0u) {
     const float magnitude = float(mantissa) * 0.001953125f;  // 2^-9, exact
     return bits_float(sign | float_bits(magnitude));

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from precal_ext.checkpoint import CheckpointError, read_headers
 from precal_ext.config import QUANT_METHOD, ModelFormat
 from precal_ext.linear import PrecalLinear
 from precal_ext.model import FORMAT_ATTRIBUTE, swap_linears
@@ -63,8 +65,13 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "`precal quantize MODEL OUT` first, or precal_ext.quantize_model(model) after loading"
             )
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        swap_linears(model, self.quantization_config.format)
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        stored = read_headers(Path(f) for f in checkpoint_files or () if str(f).endswith(".safetensors"))
+        if not stored:
+            raise CheckpointError("precal: from_pretrained must be given safetensors of a quantized model, got none")
+        swap_linears(model, self.quantization_config.format, stored)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -74,7 +81,7 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 module.prepack()
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise CheckpointError(f"{name}: {error}") from None
         setattr(model, FORMAT_ATTRIBUTE, self.quantization_config.format)
         return model
 
@@ -91,6 +98,7 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def attach(model: Any, fmt: ModelFormat) -> None:
+    """What ``save_pretrained`` looks for."""
     config = PrecalConfig.from_format(fmt)
     quantizer = PrecalHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config

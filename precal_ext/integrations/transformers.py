@@ -13,6 +13,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from precal_ext.config import ModelFormat
+from precal_ext.model import attach_hooks
+
 _HOST = "transformers.quantizers.auto"
 
 
@@ -39,6 +42,8 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 def register_when_imported() -> None:
     """Register now if transformers is loaded, else as soon as it is."""
+    if attach not in attach_hooks:
+        attach_hooks.append(attach)
     if _HOST in sys.modules:
         register()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
@@ -56,8 +61,10 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING["precal"] = _hf_quantizer.PrecalHfQuantizer
 
 
-def attach(model: Any, fmt: Any) -> None:
-    """Give a transformers model quantized in memory what ``save_pretrained`` looks for."""
-    from precal_ext.integrations import _hf_quantizer
+def attach(model: Any, fmt: ModelFormat) -> None:
+    """Give a transformers model quantized in memory what ``save_pretrained`` looks for; other modules need nothing."""
+    host = sys.modules.get("transformers.modeling_utils")
+    if host is not None and isinstance(model, host.PreTrainedModel):
+        from precal_ext.integrations import _hf_quantizer
 
-    _hf_quantizer.attach(model, fmt)
+        _hf_quantizer.attach(model, fmt)

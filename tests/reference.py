@@ -1,0 +1,254 @@
+"""Every op again: in float64 (float32 where an op is specified to the bit), short, independent of the C++ code."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OUTLIER_UNIT = 128.0
+MAX_E4M3 = 0x7E
+
+
+# ---- number formats and layout ---------------------------------------------------------------------------------------
+
+
+def e4m3_values() -> Tensor:
+    """float64 [256]: the value of every code; NaN for 0x7F and 0xFF."""
+    values = []
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        value = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+        values.append(math.nan if code & 0x7F == 0x7F else -value if code & 0x80 else value)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """Group scales, e4m3 bits or float16, as float64."""
+    return e4m3_values()[scale.long()] if scale.dtype == torch.uint8 else scale.double()
+
+
+def bf16_values(bits: np.ndarray) -> Tensor:
+    """bfloat16 as uint16 bits, the way numpy carries it, to float64."""
+    return torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32)).double()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def outlier_blocks(K: int) -> list[tuple[int, int]]:
+    """[begin, end) of each block: 256 columns, restarting at every eighth of K where K is a multiple of 256."""
+    segment = K // 8 if K >= 2048 and K % 256 == 0 else K
+    return [
+        (begin, min(begin + 256, start + segment))
+        for start in range(0, K, max(segment, 1))
+        for begin in range(start, start + segment, 256)
+    ]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """One little-endian bit stream per row: the row is the integer sum(code[k] << (k * bits))."""
+    N, K = codes.shape
+    words = ceil_div(K * bits, 32)
+    rows = []
+    for row in codes.tolist():
+        digits = "".join(format(code, f"0{bits}b") for code in reversed(row))
+        rows.append(int(digits or "0", 2).to_bytes(words * 4, "little"))
+    return torch.from_numpy(np.frombuffer(b"".join(rows), "<i4").reshape(N, words).copy())
+
+
+def unpack(packed: Tensor, bits: int, K: int) -> Tensor:
+    rows = []
+    for row in packed.numpy():
+        stream = int.from_bytes(row.tobytes(), "little")
+        rows.append([(stream >> (k * bits)) & (2**bits - 1) for k in range(K)])
+    return torch.tensor(rows, dtype=torch.uint8).reshape(len(packed), K)
+
+
+def group_of_column(K: int, group_size: int) -> Tensor:
+    return torch.arange(K) // group_size
+
+
+# ---- salience --------------------------------------------------------------------------------------------------------
+
+
+def soft_threshold(w: Tensor, lam: float) -> Tensor:
+    """sign(w) * max(|w| - lam / |w|, 0), written as (w^2 - lam) / w: w^2 is exact in double and nothing cancels."""
+    x = w.double()
+    out = torch.where(x * x > lam, (x * x - lam) / x, torch.zeros_like(x))
+    return torch.where(torch.isfinite(x), out, x).float().to(w.dtype)
+
+
+def units(shape: tuple[int, int], scope: str, group_size: int) -> list[tuple[slice, slice]]:
+    """The parts of a matrix that share a threshold, in the order of ``lam.flatten()``."""
+    N, K = shape
+    if scope == "tensor":
+        return [(slice(0, N), slice(0, K))]
+    size = K if scope == "row" else group_size
+    return [(slice(n, n + 1), slice(k, k + size)) for n in range(N) for k in range(0, K, max(size, 1))]
+
+
+def salience_score(w: Tensor, normalize: str, group_size: int) -> Tensor:
+    """float32: w, or (w - mean) / std of its row or group, 0 where the std is 0."""
+    if normalize == "none":
+        return w.float()
+    score = torch.empty(w.shape, dtype=torch.float32)
+    for unit in units(tuple(w.shape), normalize, group_size):
+        x = w[unit].double()
+        deviation = ((x - x.mean()) ** 2).mean().sqrt()
+        score[unit] = ((x - x.mean()) / deviation).float() if deviation > 0 else 0.0
+    return score
+
+
+def salience_threshold(w: Tensor, alpha: float, scope: str, group_size: int, normalize: str) -> Tensor:
+    """float64, flat: by sorting."""
+    score = salience_score(w, normalize, group_size)
+    result = []
+    for unit in units(tuple(w.shape), scope, group_size):
+        magnitudes = np.sort(score[unit].abs().flatten().numpy())[::-1]
+        k = math.floor(alpha * len(magnitudes) + 0.5)
+        if len(magnitudes) == 0 or (k > 0 and magnitudes[k - 1] == 0):
+            result.append(0.0)
+        elif k == 0:
+            result.append(float(magnitudes[0]) ** 2)
+        else:
+            result.append(float(np.nextafter(magnitudes[k - 1], np.float32(0))) ** 2)
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def salience_mask(w: Tensor, lam: Tensor, scope: str, group_size: int, normalize: str) -> Tensor:
+    square = salience_score(w, normalize, group_size).double() ** 2
+    mask = torch.zeros(w.shape, dtype=torch.bool)
+    for limit, unit in zip(lam.flatten(), units(tuple(w.shape), scope, group_size), strict=True):
+        mask[unit] = square[unit] > limit
+    return mask
+
+
+# ---- histograms and grids --------------------------------------------------------------------------------------------
+
+
+def histogram(
+    w: Tensor,
+    num_bins: int,
+    lo: float,
+    hi: float,
+    divisor: Tensor | None = None,
+    weight: Tensor | None = None,
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    N, K = w.shape
+    columns = group_of_column(K, group_size)
+    x = w.float() if divisor is None else w.float() / divisor[:, columns]
+    mass = torch.ones(N, K, dtype=torch.int64) if weight is None else weight[:, columns]
+    x, mass = x.double().flatten().numpy(), mass.flatten().numpy()
+    edges = lo + np.arange(num_bins + 1) * ((hi - lo) / num_bins)
+    inside = (x >= lo) & (x <= hi)
+    bins = np.minimum(np.searchsorted(edges, x[inside], side="right") - 1, num_bins - 1)
+    counts = np.zeros(num_bins, np.int64)
+    np.add.at(counts, bins, mass[inside])
+    outside = [int(mass[x < lo].sum()), int(mass[x > hi].sum()), int(mass[np.isnan(x)].sum())]
+    return torch.from_numpy(counts), torch.tensor(outside)
+
+
+def cell_of_bin(num_bins: int, lo: float, hi: float, grid: Tensor) -> np.ndarray:
+    """The code of a weight at the centre of each bin: the number of midpoints of neighbouring levels below it."""
+    levels = grid.flatten().double().numpy()
+    centres = lo + (np.arange(num_bins) + 0.5) * ((hi - lo) / num_bins)
+    return (centres[:, None] > (levels[1:] + levels[:-1]) / 2).sum(1)
+
+
+def spread_codes(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
+    mass = counts.double().numpy()
+    occupied = np.flatnonzero(mass)
+    density = np.zeros_like(mass)
+    if len(occupied):
+        hull = np.zeros(len(mass), bool)
+        hull[occupied[0] : occupied[-1] + 1] = True
+        cells = cell_of_bin(len(mass), lo, hi, grid)
+        for code in np.unique(cells[hull]):
+            cell = hull & (cells == code)
+            density[cell] = mass[cell].mean()
+    return torch.from_numpy(density)
+
+
+def kl_divergence(p: Tensor, q: Tensor, smoothing: float = 0.0) -> float:
+    """Sum of P log(P / Q) in nats; exact rational arithmetic would be the only shorter way to say it."""
+    a, b = (p.double() + smoothing).tolist(), (q.double() + smoothing).tolist()
+    scale_a, scale_b = max(a), max(b)
+    if scale_a == 0 or scale_b == 0:
+        return 0.0 if scale_a == scale_b else math.inf
+    log_a, log_b = (math.log(math.fsum(m / s for m in masses)) for masses, s in ((a, scale_a), (b, scale_b)))
+    terms = []
+    for x, y in zip(a, b, strict=True):
+        if x > 0 and y == 0:
+            return math.inf
+        if x > 0:
+            log_p = math.log(x) - math.log(scale_a) - log_a
+            log_q = math.log(y) - math.log(scale_b) - log_b
+            terms.append(math.exp(log_p) * (log_p - log_q))
+    return math.fsum(terms)
+
+
+def grid_objective(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float) -> float:
+    """What ``fit_grid`` minimises: relative squared error + mu * KL(P || spread_codes)."""
+    p = counts.double().numpy() / counts.sum().item()
+    centres = lo + (np.arange(len(p)) + 0.5) * ((hi - lo) / len(p))
+    levels = grid.flatten().double().numpy()[cell_of_bin(len(p), lo, hi, grid)]
+    error = float((p * (centres - levels) ** 2).sum() / (p * centres**2).sum())
+    return error + mu * kl_divergence(counts, spread_codes(counts, lo, hi, grid)) if mu else error
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def levels_of(grid: Tensor | None, bits: int) -> Tensor:
+    """float64 [2^bits]."""
+    return torch.arange(2**bits).double() - 2 ** (bits - 1) if grid is None else grid.flatten().double()
+
+
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    grid: Tensor | None,
+    outlier_index: Tensor | None,
+    outlier_value: Tensor | None,
+    outlier_scale: Tensor | None,
+    outlier_mask: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """float32, to the bit: products and sums are exact in float64 here, so the two ``.float()`` are the two roundings
+    of the format."""
+    columns = group_of_column(K, group_size)
+    scales = scale_values(scale)[:, columns]
+    if outlier_mask is not None:
+        salient = np.unpackbits(outlier_mask.numpy(), axis=1, bitorder="little")[:, :K].astype(bool)
+        scales = torch.where(torch.from_numpy(salient), scale_values(outlier_scale)[:, columns], scales)
+    w = scales * levels_of(grid, bits)[unpack(packed, bits, K).long()]
+    if outlier_index is not None:
+        for b, (begin, _) in enumerate(outlier_blocks(K)):
+            for i in range(outlier_index.shape[2]):
+                k = begin + outlier_index[:, b, i].long()
+                w[torch.arange(len(w)), k] += OUTLIER_UNIT * outlier_value[:, b, i].double()
+    return (row_scale.double()[:, None] * w.float().double()).float()
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x.double() @ w.double().T
+    return y if bias is None else y + bias.double()
+
+
+def sqnr_db(w: Tensor, approximation: Tensor) -> float:
+    w = w.double()
+    return float(10 * torch.log10((w**2).sum() / ((w - approximation.double()) ** 2).sum()))
+
+
+def row_scale(base: Tensor) -> Tensor:
+    """bfloat16 of the base of a row, which does not round to zero unless it is zero."""
+    rounded = base.bfloat16()
+    return torch.where((base > 0) & (rounded == 0), torch.tensor(1, dtype=torch.int16).view(torch.bfloat16), rounded)

@@ -1,0 +1,237 @@
+"""Every op through both bindings: registration, the same bytes from ``_C``, and what ``_C`` accepts and refuses."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import shapes
+import torch
+from conftest import ISAS, ROOT, THREADS, forced_isa, forced_threads
+from torch import Tensor
+
+from precal_ext import _C, ops
+
+EXAMPLES = shapes.op_examples()
+
+
+def to_numpy(value: Any) -> Any:
+    """bfloat16 becomes its uint16 bits."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def torch_op(name: str) -> Any:
+    return getattr(torch.ops.precal, name)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def test_every_registered_op_has_an_example_a_wrapper_and_a_binding() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "precal::" in name
+    }
+    assert registered == set(EXAMPLES)
+    for name in registered:
+        assert callable(getattr(ops, name)) and callable(getattr(_C, name))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_opcheck(name: str) -> None:
+    """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
+    torch.library.opcheck(torch_op(name).default, EXAMPLES[name])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck_of_linear_with_gradients(with_bias: bool) -> None:
+    x, prepacked, bias, *numbers = EXAMPLES["linear"]
+    x = x.clone().requires_grad_()
+    bias = bias.clone().requires_grad_() if with_bias else None
+    torch.library.opcheck(torch.ops.precal.linear.default, (x, prepacked, bias, *numbers))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_wrapper_and_op_take_the_same_arguments(name: str) -> None:
+    schema = torch_op(name).default._schema
+    wrapper = inspect.signature(getattr(ops, name)).parameters.values()
+    for argument, parameter in zip(schema.arguments, wrapper, strict=True):
+        assert argument.name == parameter.name
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        assert argument.default_value == default
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_inputs_are_left_alone(name: str) -> None:
+    before = [a.clone() if isinstance(a, Tensor) else a for a in EXAMPLES[name]]
+    torch_op(name)(*EXAMPLES[name])
+    for a, b in zip(EXAMPLES[name], before, strict=True):
+        assert not isinstance(a, Tensor) or torch.equal(a, b)
+
+
+def test_the_op_itself_raises_runtime_errors_with_the_same_message() -> None:
+    w = torch.ones(2, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"^soft_threshold: w must have dtype float32 or float16 or bfloat16"):
+        torch.ops.precal.soft_threshold(w, 0.0)
+    with pytest.raises(RuntimeError, match=r"^soft_threshold: lam must be finite and >= 0, got -1"):
+        torch.ops.precal.soft_threshold(w.float(), -1.0)
+
+
+def test_force_isa_names_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=re.escape(f"force_isa: must be one of {','.join(ISAS)}, got neon")):
+        ops.force_isa("neon")
+    for name in ISAS:
+        with forced_isa(name):
+            assert _C.cpu_isa() == name
+    assert _C.cpu_isa() == ISAS[0]  # the best comes first
+
+
+# ---- _C --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("kind", ["numpy", "dlpack"])
+def test_c_gives_the_bytes_of_the_op(isa: str, name: str, kind: str) -> None:
+    arguments = EXAMPLES[name]
+    want = as_tuple(torch_op(name)(*arguments))
+    got = as_tuple(getattr(_C, name)(*(to_numpy(a) if kind == "numpy" else a for a in arguments)))
+    for a, b in zip(got, map(to_numpy, want), strict=True):
+        assert isinstance(a, np.ndarray)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("name", ["salience_threshold", "histogram", "quantize_groups", "linear"])
+def test_threads_of_c_change_no_byte(name: str) -> None:
+    w = shapes.student_t(300, 1000)
+    weight = shapes.random_weight(0, 200, 1000, 3, 50, c=1)
+    arguments = {
+        "salience_threshold": (w, 0.01),
+        "histogram": (w, 1000, -0.1, 0.1),
+        "quantize_groups": (w, None, 4, 50, 1),
+        "linear": (w[:70], ops.prepack(*weight), None, *weight.numbers),
+    }[name]
+    results = []
+    for count in THREADS:
+        with forced_threads(count):
+            assert _C.get_num_threads() == count
+            results.append([a.tobytes() for a in as_tuple(getattr(_C, name)(*map(to_numpy, arguments)))])
+    assert results[0] == results[1] == results[2]
+
+
+def test_numpy_arrays_need_no_alignment() -> None:
+    w = shapes.student_t(3, 50).numpy()
+    buffer = np.zeros(w.nbytes + 1, np.uint8)
+    crooked = buffer[1:].view(np.float32).reshape(3, 50)
+    crooked[:] = w
+    assert not crooked.flags.aligned
+    for isa in ISAS:
+        with forced_isa(isa):
+            for a, b in zip(_C.quantize_groups(crooked, None, 4, 16), _C.quantize_groups(w, None, 4, 16), strict=True):
+                assert a.tobytes() == b.tobytes()
+
+
+def test_read_only_arrays_are_accepted() -> None:
+    w = np.ones((2, 3), np.float32)
+    w.flags.writeable = False
+    assert _C.soft_threshold(w, 0.0).tolist() == w.tolist()
+
+
+def test_facts_of_the_format() -> None:
+    assert (_C.OUTLIER_UNIT, _C.OUTLIER_BLOCK, _C.MAX_LEVEL, _C.MAX_CAPACITY) == (128.0, 256, 127, 16)
+    assert _C.build_info()["format_version"] == _C.FORMAT_VERSION == 0
+    assert [_C.words_per_row(K, bits) for K, bits in [(0, 4), (1, 3), (8, 4), (9, 4), (11, 3), (300, 8)]] == [
+        0,
+        1,
+        1,
+        2,
+        2,
+        75,
+    ]
+
+
+NONE_FOR_EVERY_TENSOR = """
+import sys; sys.path.insert(0, "tests")
+import shapes, test_bindings, torch
+from precal_ext import _C
+for name, arguments in shapes.op_examples().items():
+    schema = getattr(torch.ops.precal, name).default._schema
+    for i, argument in enumerate(schema.arguments):
+        if str(argument.type) == "Tensor":
+            print(name, argument.name, flush=True)
+            call = [test_bindings.to_numpy(a) for a in arguments]
+            call[i] = None
+            try:
+                getattr(_C, name)(*call)
+            except (TypeError, ValueError) as error:
+                assert argument.name in str(error), error
+            else:
+                raise SystemExit("accepted")
+"""
+
+
+def test_a_missing_tensor_is_an_error_and_not_a_crash() -> None:
+    """In a process of its own: what reads through a null pointer ends it."""
+    done = subprocess.run(
+        [sys.executable, "-c", NONE_FOR_EVERY_TENSOR], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0, f"None for {last}: exit status {done.returncode}: {done.stderr[-500:]}"
+
+
+W = np.ones((4, 10), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: _C.soft_threshold([1.0, 2.0], 0.0),
+            TypeError,
+            "w must be a numpy array or a DLPack tensor, got <class 'list'>",
+        ),
+        (
+            lambda: _C.soft_threshold(1.0, 0.0),
+            TypeError,
+            "w must be a numpy array or a DLPack tensor, got <class 'float'>",
+        ),
+        (
+            lambda: _C.soft_threshold(W.astype("f8"), 0.0),
+            TypeError,
+            "soft_threshold: w must have dtype float32 or float16",
+        ),
+        (lambda: _C.soft_threshold(W.astype("c8"), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(W.astype("i2"), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(np.array(["a"]), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(np.array([None]), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(W.astype(">f4"), 0.0), TypeError, "precal: w must have"),
+        (
+            lambda: _C.soft_threshold(torch.ones(3, dtype=torch.complex64), 0.0),
+            TypeError,
+            "precal: w must have dtype bool",
+        ),
+        (lambda: _C.soft_threshold(W.T, 0.0), ValueError, "soft_threshold: w must be contiguous"),
+        (lambda: _C.soft_threshold(torch.ones(4, 10).T, 0.0), ValueError, "soft_threshold: w must be contiguous"),
+        (lambda: _C.soft_threshold(W.reshape((1,) * 7 + W.shape), 0.0), ValueError, "w must have at most 8 dimensions"),
+        (lambda: _C.soft_threshold(W, -1.0), ValueError, "soft_threshold: lam must be finite and >= 0, got -1"),
+        (lambda: _C.pack(W.astype("u1"), 9), ValueError, "pack: bits must lie in [2, 8], got 9"),
+        (lambda: _C.pack(np.full((1, 9), 8, np.uint8), 3), ValueError, "pack: codes must be below 2^3 = 8"),
+        (lambda: _C.force_isa("neon"), ValueError, "force_isa: must be one of"),
+        (lambda: _C.set_num_threads(0), ValueError, "set_num_threads: n must lie in [1, 1024], got 0"),
+        (lambda: _C.outlier_blocks(-1), ValueError, "outlier_blocks: K must lie in [0, 2^30], got -1"),
+        (lambda: _C.soft_threshold(W), TypeError, "incompatible function arguments"),
+    ],
+)
+def test_errors(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()

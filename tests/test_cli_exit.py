@@ -1,0 +1,125 @@
+"""How the command ends: signals leave nothing behind, wrong usage, help, bugs."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import Run, digests, environment, sha256
+
+from precal_ext import __version__
+
+pytest_plugins = ["package_fixtures"]
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+# Stops in the middle of the first tensor, when output has begun, and says so.
+SLOW = """
+import sys, time
+from precal_ext import convert
+from precal_ext.cli import main
+
+def quantize_weight(*arguments):
+    print("begun", flush=True)
+    time.sleep(60)
+
+convert.quantize_weight = quantize_weight
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "there_before"), [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)])
+def test_a_signal_leaves_what_was_there(
+    tiny: Path, tmp_path: Path, number: signal.Signals, code: int, there_before: bool
+) -> None:
+    if there_before:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("precious")
+    before = digests(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "quantize", str(tiny), "out", "--recipe", "rtn", "--overwrite", "--quiet"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    assert any(p.suffix == ".partial" for p in tmp_path.iterdir())  # else there would be nothing to clean up
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert digests(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if there_before else [])
+
+
+def test_a_reader_that_leaves_is_no_error(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "precal_ext.cli", "quantize", str(tiny), "out", "--quiet"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert sha256(tmp_path / "out" / "model.safetensors")
+
+
+# ---- usage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["convert"], ["quantize"], ["quantize", "m"], ["quantize", "m", "o", "--fast"],
+        ["quantize", "m", "o", "--bits", "four"], ["quantize", "m", "o", "--recipe", "awq"],
+        ["eval", "m"], ["eval", "m", "--text", "t", "--window", "0"], ["generate", "m"],
+        ["generate", "m", "p", "--temperature", "-1"], ["generate", "m", "p", "--temperature", "nan"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_2(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "usage: precal" in err
+
+
+def test_a_number_that_is_none_is_called_a_number(run: Run) -> None:
+    """argparse puts the name of the function in its message."""
+    _, _, err = run("eval", "m", "--text", "t", "--window", "many")
+    assert "many" in err
+    assert "_positive" not in err
+
+
+def test_help_and_version(run: Run) -> None:
+    assert run("--version") == (0, f"precal {__version__}\n", "")
+    for command in ("quantize", "eval", "generate", "demo"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        # argparse wraps the line
+        assert "2 wrong usage, 3 input or output refused" in " ".join(out.split())
+
+
+def test_a_failure_of_its_own_shows_where(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("precal_ext.convert.quantize_weight", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("quantize", tiny, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_shows_where_when_asked_to(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRECAL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="must lie outside"):
+        run("quantize", tiny, tiny)
