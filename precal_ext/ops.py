@@ -1,4 +1,4 @@
-"""The ops: contracts, fake kernels, gradients. ``torch.ops.precal.*`` are the same functions without the error types.
+"""The ops and their contracts. ``torch.ops.precal.*`` are the same functions without the error types.
 
 Every wrapper takes and returns contiguous tensors on one device, allocates its outputs, and raises ``TypeError`` for a
 wrong dtype and ``ValueError`` for any other broken contract, with a message ``op: argument must be ..., got ...``.
@@ -11,42 +11,18 @@ their capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives t
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from precal_ext import _C
-
-_FOLDER = Path(__file__).resolve().parent
-_LIBRARY = _FOLDER / "libprecal_torch.so"
-_LIBRARY_CUDA = _FOLDER / "libprecal_torch_cuda.so"
-
-torch.ops.load_library(str(_LIBRARY))
-if torch.version.cuda is not None and _LIBRARY_CUDA.exists():
-    torch.ops.load_library(str(_LIBRARY_CUDA))
+from precal_ext import fakes as _fakes  # noqa: F401  registers them
+from precal_ext.library import force_isa as force_isa
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-def force_isa(name: str) -> None:
-    """Use the kernels of one instruction set from now on, in ``torch.ops.precal`` and in ``_C``.
-
-    Args:
-        name: "scalar", "avx2", "avx512", or "" for the automatic choice.
-    Raises:
-        ValueError: unknown, or this CPU cannot run it.
-    """
-    _C.force_isa(name)
-    function = ctypes.CDLL(str(_LIBRARY)).precal_torch_force_isa
-    message = ctypes.create_string_buffer(512)
-    if function(name.encode(), message, ctypes.c_size_t(512)):
-        raise ValueError(message.value.decode())
 
 
 def _contract(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -400,210 +376,3 @@ def linear(
         [..., N], dtype of ``x``.
     """
     return torch.ops.precal.linear(x, prepacked, bias, N, K, bits, group_size, c, uniform, split, scale_dtype)
-
-
-# ---- fakes: shapes and dtypes for torch.compile and meta tensors -----------------------------------------------------
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _words(K: int, bits: int) -> int:
-    return _ceil_div(K * bits, 32)
-
-
-_SCALE_DTYPE = {"e4m3": torch.uint8, "float16": torch.float16}
-
-
-@torch.library.register_fake("precal::soft_threshold")
-def _(w: Tensor, lam: float) -> Tensor:
-    return torch.empty_like(w)
-
-
-@torch.library.register_fake("precal::salience_threshold")
-def _(w: Tensor, alpha: float, scope: str = "tensor", group_size: int = 128, normalize: str = "none") -> Tensor:
-    shapes = {"tensor": [1], "row": [w.shape[0]], "group": [w.shape[0], _ceil_div(w.shape[1], group_size)]}
-    return w.new_empty(shapes[scope], dtype=torch.float64)
-
-
-@torch.library.register_fake("precal::salience_mask")
-def _(w: Tensor, lam: Tensor, scope: str = "tensor", group_size: int = 128, normalize: str = "none") -> Tensor:
-    return torch.empty_like(w, dtype=torch.bool)
-
-
-@torch.library.register_fake("precal::histogram")
-def _(
-    w: Tensor,
-    num_bins: int,
-    lo: float,
-    hi: float,
-    divisor: Tensor | None = None,
-    weight: Tensor | None = None,
-    group_size: int = 128,
-) -> tuple[Tensor, Tensor]:
-    return w.new_empty([num_bins], dtype=torch.int64), w.new_empty([3], dtype=torch.int64)
-
-
-@torch.library.register_fake("precal::spread_codes")
-def _(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
-    return torch.empty_like(counts, dtype=torch.float64)
-
-
-@torch.library.register_fake("precal::kl_divergence")
-def _(p: Tensor, q: Tensor, smoothing: float = 0.0) -> Tensor:
-    return p.new_empty([], dtype=torch.float64)
-
-
-@torch.library.register_fake("precal::fit_grid")
-def _(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float = 0.0, rounds: int = 1) -> Tensor:
-    return torch.empty_like(grid)
-
-
-@torch.library.register_fake("precal::quantize_groups")
-def _(
-    w: Tensor,
-    grid: Tensor | None,
-    bits: int,
-    group_size: int,
-    c: int = 0,
-    lam: float = 0.0,
-    scale_dtype: str = "e4m3",
-    symmetric: bool = False,
-    search_lo: float = 0.6,
-    search_hi: float = 1.1,
-) -> tuple[Tensor, ...]:
-    N, K = w.shape
-    blocks = _C.num_outlier_blocks(int(K))
-    return (
-        w.new_empty([N, K], dtype=torch.uint8),
-        w.new_empty([N, _ceil_div(K, group_size)], dtype=_SCALE_DTYPE[scale_dtype]),
-        w.new_empty([N], dtype=torch.bfloat16),
-        w.new_empty([N, blocks, c], dtype=torch.uint8),
-        w.new_empty([N, blocks, c], dtype=torch.float16),
-    )
-
-
-@torch.library.register_fake("precal::quantize_split")
-def _(w: Tensor, salient: Tensor, bits: int, group_size: int) -> tuple[Tensor, ...]:
-    N, K = w.shape
-    G = _ceil_div(K, group_size)
-    return (
-        w.new_empty([N, K], dtype=torch.uint8),
-        w.new_empty([N, G], dtype=torch.float16),
-        w.new_empty([N], dtype=torch.bfloat16),
-        w.new_empty([N, G], dtype=torch.float16),
-        w.new_empty([N, _ceil_div(K, 8)], dtype=torch.uint8),
-    )
-
-
-@torch.library.register_fake("precal::pack")
-def _(codes: Tensor, bits: int) -> Tensor:
-    return codes.new_empty([codes.shape[0], _words(codes.shape[1], bits)], dtype=torch.int32)
-
-
-@torch.library.register_fake("precal::unpack")
-def _(packed: Tensor, bits: int, K: int) -> Tensor:
-    return packed.new_empty([packed.shape[0], K], dtype=torch.uint8)
-
-
-@torch.library.register_fake("precal::dequantize")
-def _(packed: Tensor, *rest: Any) -> Tensor:
-    return packed.new_empty([packed.shape[0], rest[-3]], dtype=torch.float32)
-
-
-@torch.library.register_fake("precal::prepack")
-def _(
-    packed: Tensor,
-    scale: Tensor,
-    row_scale: Tensor,
-    grid: Tensor | None,
-    outlier_index: Tensor | None,
-    outlier_value: Tensor | None,
-    outlier_scale: Tensor | None,
-    outlier_mask: Tensor | None,
-    K: int,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    c = 0 if outlier_index is None else int(outlier_index.shape[2])
-    scale_dtype = "float16" if scale.dtype == torch.float16 else "e4m3"
-    size = _C.prepacked_bytes(
-        int(packed.shape[0]), K, bits, group_size, c, grid is None, outlier_mask is not None, scale_dtype
-    )
-    return packed.new_empty([size], dtype=torch.uint8)
-
-
-@torch.library.register_fake("precal::unprepack")
-def _(
-    prepacked: Tensor,
-    N: int,
-    K: int,
-    bits: int,
-    group_size: int,
-    c: int,
-    uniform: bool,
-    split: bool,
-    scale_dtype: str,
-) -> tuple[Tensor, ...]:
-    G, blocks, scale = _ceil_div(K, group_size), _C.num_outlier_blocks(K), _SCALE_DTYPE[scale_dtype]
-
-    def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return prepacked.new_empty(shape, dtype=dtype)
-
-    return (
-        new([N, _words(K, bits)], torch.int32),
-        new([N, G], scale),
-        new([N], torch.bfloat16),
-        new([0 if uniform else 1, 2**bits], torch.int8),
-        new([N, blocks, c], torch.uint8),
-        new([N, blocks, c], torch.float16),
-        new([N if split else 0, G], scale),
-        new([N if split else 0, _ceil_div(K, 8)], torch.uint8),
-    )
-
-
-@torch.library.register_fake("precal::linear")
-def _(x: Tensor, prepacked: Tensor, bias: Tensor | None, N: int, *rest: Any) -> Tensor:
-    return x.new_empty([*x.shape[:-1], N])
-
-
-# ---- gradients of linear ---------------------------------------------------------------------------------------------
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, prepacked, bias, *integers = inputs
-    ctx.save_for_backward(prepacked)
-    ctx.integers = integers
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (prepacked,) = ctx.saved_tensors
-    N, K, bits, group_size, c, uniform, split, scale_dtype = ctx.integers
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        packed, scale, row_scale, grid, index, value, other, mask = torch.ops.precal.unprepack(
-            prepacked, N, K, bits, group_size, c, uniform, split, scale_dtype
-        )
-        weight = torch.ops.precal.dequantize(
-            packed,
-            scale,
-            row_scale,
-            None if uniform else grid,
-            index if c else None,
-            value if c else None,
-            other if split else None,
-            mask if split else None,
-            K,
-            bits,
-            group_size,
-        )
-        grad_x = (grad.float() @ weight).to(grad.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.float().flatten(0, -2).sum(0) if grad.dim() > 1 else grad.float()
-        grad_bias = grad_bias.to(ctx.bias_dtype)
-    return (grad_x, None, grad_bias, *([None] * 8))
-
-
-torch.library.register_autograd("precal::linear", _linear_backward, setup_context=_linear_setup)

@@ -32,6 +32,8 @@ ORDER = [
     "_version",
     "_C",
     "_C_cuda",
+    "library",
+    "fakes",
     "ops",
     "config",
     "grids",
@@ -51,7 +53,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-CALL_TORCH_OPS = {"ops", "linear"}  # linear for the compiled call
+CALL_TORCH_OPS = {"ops", "fakes", "linear"}  # fakes for the gradient, linear for the compiled call
 
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
 MODULES = sorted(PACKAGE.rglob("*.py"))
