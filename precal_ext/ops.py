@@ -118,7 +118,7 @@ def histogram(
 
     Args:
         w: [N, K] float32, float16 or bfloat16; NaN and infinities are counted outside.
-        num_bins: 1 to 2**24.  lo, hi: finite, lo < hi.
+        num_bins: 1 to 2**24.  lo, hi: finite, lo < hi, far enough apart that double tells the bins apart.
         divisor: float32 [N, G] or None for 1. The division is float32.
         weight: int64 [N, G], what each weight of a group adds to its bin, or None for 1; weight 0 skips the group.
     Returns:
@@ -135,7 +135,7 @@ def spread_codes(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
     of neighbouring levels, rounded to bin edges, and end at the outermost occupied bins.
 
     Args:
-        counts: int64 [bins], histogram of w / (row_scale * scale) over [lo, hi].
+        counts: int64 [bins] >= 0, histogram of w / (row_scale * scale) over [lo, hi].
         grid: int8, 2 to 256 non-decreasing levels in [-127, 127].
     Returns:
         float64 [bins], the same total mass as ``counts``.
@@ -199,8 +199,8 @@ def quantize_groups(
     Outliers are the c largest |w| with w**2 > lam of every block (ties: the lower column); the rest sets the scales.
     Per group the e4m3 scale with the least squared error is taken among all codes between ``search_lo`` and
     ``search_hi`` times the scale at which the group's extreme weight meets the largest level. The order of every
-    rounding is fixed (csrc/cpu/quantize-inl.h). Row scales adapt, so any finite float32 row works; within a row,
-    weights below about 2**-16 of the row's mean amplitude vanish.
+    rounding is fixed (csrc/cpu/quantize-inl.h). Row scales adapt to any magnitude; within a row, e4m3 scales end 2**9
+    below the mean one, so groups more than about 2**12 smaller than the mean group amplitude vanish.
 
     Args:
         w: [N, K] float32, float16 or bfloat16, finite, at most 2**126 in magnitude.

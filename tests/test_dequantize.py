@@ -113,12 +113,16 @@ def test_outlier_blocks(K: int) -> None:
 
 
 def test_an_entry_past_a_short_block_touches_nothing(isa: str) -> None:
-    weight = shapes.random_weight(0, 2, 300, 4, 64, c=1)
-    index = torch.zeros_like(weight.outlier_index)
-    value = torch.zeros_like(weight.outlier_value)
-    index[0, 1], value[0, 1] = 44, 1.0  # the second block has 44 columns: this would be row 1, column 0
-    weight = weight._replace(outlier_index=index, outlier_value=value)
-    assert torch.equal(ops.dequantize(*weight), ops.dequantize(*weight._replace(outlier_value=value * 0)))
+    # Segments of 288 columns: the second block holds 32, and its position 40 would be in the next segment.
+    weight = shapes.random_weight(0, 2, 2304, 4, 64, c=1)
+    index, value = torch.zeros_like(weight.outlier_index), torch.zeros_like(weight.outlier_value)
+    index[:, 1], value[:, 1] = 40, 1.0
+    stray = weight._replace(outlier_index=index, outlier_value=value)
+    dense = weight._replace(outlier_index=None, outlier_value=None)
+    assert torch.equal(ops.dequantize(*stray), ops.dequantize(*dense))
+    x = torch.randn(3, 2304, generator=shapes.generator(0))
+    y, want = (ops.linear(x, ops.prepack(*w), None, *w.numbers) for w in (stray, dense))
+    assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize(("N", "K"), [(0, 64), (4, 0), (0, 0)])

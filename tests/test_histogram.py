@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import reference
 import shapes
 import torch
-from conftest import THREADS, forced_threads
+from conftest import ROOT, THREADS, forced_threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -98,6 +100,21 @@ def test_histogram_of_the_narrowest_range() -> None:
     # num_bins / (hi - lo) is beyond double here; the formula of the bins, lo + b * h, is not
     counts, _ = ops.histogram(torch.zeros(1, 1), 256, -1e-307, 1e-307)
     assert counts.nonzero().tolist() == [[128]]
+
+
+def test_bins_narrower_than_double_end_the_op() -> None:
+    """In a process of its own with a limit: h = (hi - lo) / num_bins is 0 here, and nothing could interrupt a loop."""
+    script = """
+import torch
+from precal_ext import ops
+try:
+    counts, _ = ops.histogram(torch.zeros(1, 1), 2, 0.0, 5e-324)
+    assert counts.sum() == 1
+except ValueError as error:
+    assert "num_bins" in str(error) or "hi" in str(error), error
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 # ---- spread_codes ----------------------------------------------------------------------------------------------------
@@ -241,3 +258,8 @@ COUNTS = torch.tensor([1, 2, 3])
 def test_errors(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_spread_codes_refuses_negative_counts() -> None:
+    with pytest.raises(ValueError, match=r"^spread_codes: counts must be >= 0, got -5 at \[0\]"):
+        ops.spread_codes(torch.tensor([-5, 3, 4]), -1.0, 1.0, torch.tensor([-1, 1], dtype=torch.int8))

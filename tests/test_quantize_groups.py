@@ -133,6 +133,14 @@ def test_no_candidate_scale_has_less_error(recipe: str, matrix: str) -> None:
             assert chosen <= errors.min() + slack + (4 * EPS32) ** 2 * (x**2).sum()
 
 
+def test_the_first_of_equal_errors_wins(isa: str) -> None:
+    # Mean amplitude 8, so the first group sits at 132 / 8 = 16.5 = 12 * 11/8 = 11 * 12/8: two scales without error.
+    w = torch.tensor([[132.0] * 4 + [60.0] * 4])
+    _, scale, row_scale, *_ = Recipe(2, 4, grid=torch.tensor([0, 1, 11, 12], dtype=torch.int8)).quantize(w)
+    assert row_scale.tolist() == [8.0]
+    assert reference.scale_values(scale).tolist() == [[11 / 8, 5 / 8]]
+
+
 @pytest.mark.parametrize(("recipe", "matrix"), CASES)
 def test_codes_are_the_nearest_levels(recipe: str, matrix: str) -> None:
     r = RECIPES[recipe]

@@ -99,11 +99,29 @@ struct Sums {
   }
 };
 
+// Bins must be wider than the spacing of doubles at both ends, or no search could tell them apart.
+Status check_bins(const char* op, double lo, double hi, int64_t num_bins) {
+  const double h = (hi - lo) / double(num_bins);
+  if (!(lo + h > lo && hi - h < hi)) {
+    return invalid_value(op, ": num_bins must leave bins wider than double can resolve, got ", num_bins, " in [", lo,
+                         ", ", hi, "]");
+  }
+  return {};
+}
+
 Status check_counts(const char* op, const char* name, const TensorView& counts) {
   PRECAL_RETURN_IF_ERROR(check_dtype(op, name, counts, {DType::kInt64}));
   PRECAL_RETURN_IF_ERROR(check_contiguous(op, name, counts));
   if (counts.ndim != 1 || counts.shape[0] < 1 || counts.shape[0] > kMaxBins) {
     return invalid_value(op, ": ", name, " must be [bins] with 1 <= bins <= 2^24, got ", shape_text(counts));
+  }
+  return {};
+}
+
+Status check_not_negative(const char* op, const TensorView& counts) {
+  for (int64_t b = 0; b < counts.shape[0]; ++b) {
+    const int64_t count = counts.as<int64_t>()[b];
+    if (count < 0) return invalid_value(op, ": counts must be >= 0, got ", count, " at [", b, "]");
   }
   return {};
 }
@@ -224,6 +242,7 @@ Status Histogram::plan(TensorSpec* out) const {
     return invalid_value(op, ": num_bins must lie in [1, 2^24], got ", num_bins);
   }
   PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, num_bins));
   if (group_size < 1) return invalid_value(op, ": group_size must be at least 1, got ", group_size);
   const int64_t groups = ceil_div(w.shape[1], group_size);
   if (divisor.present) {
@@ -265,6 +284,7 @@ Status SpreadCodes::plan(TensorSpec* out) const {
   constexpr const char* op = "spread_codes";
   PRECAL_RETURN_IF_ERROR(check_counts(op, "counts", counts));
   PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, counts.shape[0]));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
   out[0] = {DType::kFloat64, {counts.shape[0]}};
   return {};
@@ -273,6 +293,7 @@ Status SpreadCodes::plan(TensorSpec* out) const {
 Status SpreadCodes::run(const TensorView* out) const {
   std::vector<int> levels;
   PRECAL_RETURN_IF_ERROR(read_grid("spread_codes", grid, &levels));
+  PRECAL_RETURN_IF_ERROR(check_not_negative("spread_codes", counts));
   const int64_t* mass = counts.as<int64_t>();
   const Sums sums(mass, counts.shape[0], lo, hi);
   const std::vector<int64_t> edges = sums.cells(levels);
@@ -330,6 +351,7 @@ Status FitGrid::plan(TensorSpec* out) const {
   constexpr const char* op = "fit_grid";
   PRECAL_RETURN_IF_ERROR(check_counts(op, "counts", counts));
   PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, counts.shape[0]));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
   PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
   if (!(mu >= 0.0) || std::isinf(mu)) return invalid_value(op, ": mu must be finite and >= 0, got ", mu);
@@ -342,9 +364,7 @@ Status FitGrid::run(const TensorView* out) const {
   std::vector<int> levels;
   PRECAL_RETURN_IF_ERROR(read_grid("fit_grid", grid, &levels));
   const int64_t* mass = counts.as<int64_t>();
-  for (int64_t b = 0; b < counts.shape[0]; ++b) {
-    if (mass[b] < 0) return invalid_value("fit_grid: counts must be >= 0, got ", mass[b], " at [", b, "]");
-  }
+  PRECAL_RETURN_IF_ERROR(check_not_negative("fit_grid", counts));
   const Sums sums(mass, counts.shape[0], lo, hi);
   if (sums.last > sums.first && rounds > 0) {
     std::vector<int> moved = levels;
