@@ -27,7 +27,9 @@ class Evaluation:
         tokens: predicted tokens.  nll_nats: mean negative log likelihood, nats per token.  perplexity: exp of it.
         kld_nats: mean KL(reference || model) of the next-token distributions, nats per token; None without a reference.
         top1: share of tokens whose most likely next token is the reference's; None without a reference.
-        nll_stderr, kld_stderr: standard errors of the means over windows of text; None with a single window.
+        delta_nll_nats: nll_nats minus the reference's on the same tokens; None without a reference.
+        nll_stderr, kld_stderr, delta_nll_stderr: standard errors over windows of text, the last one of the paired
+            differences; None with a single window.
     """
 
     tokens: int
@@ -37,6 +39,8 @@ class Evaluation:
     kld_nats: float | None = None
     kld_stderr: float | None = None
     top1: float | None = None
+    delta_nll_nats: float | None = None
+    delta_nll_stderr: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,17 +106,19 @@ def evaluate(model: Any, windows: Sequence[list[int]], reference: Any | None = N
     """Mean loss over windows, each predicted from its own start, and divergence from a reference on the same tokens."""
     nll: list[float] = []
     kld: list[float] = []
+    delta: list[float] = []
     counts: list[int] = []
     agreed = 0
     for ids, mask in _batches(windows):
         logp = _log_probabilities(model, ids, mask)
         target = mask[:, 1:]
-        token_nll = -logp.gather(-1, ids[:, 1:, None])[..., 0] * target
-        nll += token_nll.sum(1).tolist()
+        nll += _window_nll(logp, ids, target)
         counts += target.sum(1).tolist()
         if reference is not None:
             expected = _log_probabilities(reference, ids, mask)
             kld += ((expected.exp() * (expected - logp)).sum(-1) * target).sum(1).tolist()
+            expected_nll = _window_nll(expected, ids, target)
+            delta += [a - b for a, b in zip(nll[-len(expected_nll) :], expected_nll, strict=True)]
             agreed += int(((expected.argmax(-1) == logp.argmax(-1)) & target).sum())
     total = sum(counts)
     mean = sum(nll) / total
@@ -124,7 +130,14 @@ def evaluate(model: Any, windows: Sequence[list[int]], reference: Any | None = N
         kld_nats=sum(kld) / total if reference is not None else None,
         kld_stderr=_stderr(kld, counts) if reference is not None else None,
         top1=agreed / total if reference is not None else None,
+        delta_nll_nats=sum(delta) / total if reference is not None else None,
+        delta_nll_stderr=_stderr(delta, counts) if reference is not None else None,
     )
+
+
+def _window_nll(logp: Tensor, ids: Tensor, target: Tensor) -> list[float]:
+    """Summed negative log likelihood of every window."""
+    return (-logp.gather(-1, ids[:, 1:, None])[..., 0] * target).sum(1).tolist()
 
 
 def _log_probabilities(model: Any, ids: Tensor, mask: Tensor) -> Tensor:

@@ -261,3 +261,21 @@ def test_a_loaded_model_generates(quantized: Folder) -> None:
     # With and without the cache of keys and values the same tokens come out.
     assert torch.equal(step[:, 2:], tokens[:, 3:])
     assert torch.equal(logits(model), logits(again))
+
+
+def test_a_transformers_that_does_not_fit_still_imports(tmp_path: Path) -> None:
+    """precal is a guest there: what it cannot register with must not break the import of its host."""
+    script = """
+import logging, sys
+logging.basicConfig(format="%(message)s")
+import precal_ext
+from precal_ext.integrations import transformers as adapter
+def register():
+    raise ImportError("no such base class")
+adapter.register = register
+import transformers.quantizers.auto
+assert "precal" not in sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZER_MAPPING
+"""
+    done = run_python("-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "precal cannot register with transformers" in done.stderr and "no such base class" in done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from precal_ext.config import ModelFormat
 from precal_ext.model import attach_hooks
 
 _HOST = "transformers.quantizers.auto"
+logger = logging.getLogger("precal")
 
 
 class _Hook(importlib.abc.MetaPathFinder):
@@ -34,7 +36,7 @@ class _Hook(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            register()
+            _try_to_register()
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -45,9 +47,18 @@ def register_when_imported() -> None:
     if attach not in attach_hooks:
         attach_hooks.append(attach)
     if _HOST in sys.modules:
-        register()
+        _try_to_register()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Hook())
+
+
+def _try_to_register() -> None:
+    """A transformers that precal does not fit must still import."""
+    try:
+        register()
+    except Exception as error:
+        version = getattr(sys.modules.get("transformers"), "__version__", "of unknown version")
+        logger.warning("precal cannot register with transformers %s: %s; it needs 5.0 or newer", version, error)
 
 
 def register() -> None:

@@ -1,0 +1,216 @@
+"""Weight formats of other packages, run through the packages themselves: W [N, K] float32 -> (W', bits per weight).
+
+Bits count everything a file would hold: codes, scales and zero points in 16 bits where the package computes them in 32
+(what is stored in practice), positions, second-level scales. A package that is not installed leaves its rows out, with
+a line that says so. `bench/README.md` tells how to install them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Format = Callable[[Tensor], tuple[Tensor, float]]
+LAB = Path(__file__).resolve().parents[2] / "shared" / "lab" / "formats.py"
+
+
+def peers(bits: int) -> Iterator[tuple[str, str, Format]]:
+    """(name, package and version, format) of everything installed that has this width."""
+    for module, make in (
+        ("bitsandbytes", bitsandbytes_formats),
+        ("hqq", hqq_formats),
+        ("auto_adpq", auto_adpq_formats),
+        ("torchao", torchao_formats),
+        ("optimum.quanto", quanto_formats),
+        ("sinq", sinq_formats),
+    ):
+        try:
+            if importlib.util.find_spec(module) is None:
+                raise ImportError("not installed")
+            found = list(make(bits))
+        except ImportError as error:
+            print(f"peers: {module} is left out: {error}", file=sys.stderr)
+            continue
+        for name, run in found:
+            yield name, version(module), run
+
+
+def version(module: str) -> str:
+    from importlib import metadata
+
+    name = {"optimum.quanto": "optimum-quanto"}.get(module, module)
+    return f"{name} {metadata.version(name)}"
+
+
+def by_groups(w: Tensor, group_size: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Packages that need whole groups get K padded with zeros."""
+    K = w.shape[1]
+    padded = torch.nn.functional.pad(w, (0, -K % group_size))
+    return run(padded).reshape(w.shape[0], -1)[:, :K].float()
+
+
+def bitsandbytes_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    functional = importlib.import_module("bitsandbytes.functional")
+    if bits != 4:
+        return
+
+    def nf4(double: bool) -> Format:
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                codes, state = functional.quantize_4bit(v, blocksize=64, quant_type="nf4", compress_statistics=double)
+                if not double:
+                    state.absmax = state.absmax.half().float()  # counted in 16 bits, so used in 16 bits
+                restored: Tensor = functional.dequantize_4bit(codes, state)
+                return restored
+
+            # double quantization: absmax in 8 bits, one 32-bit scale for 256 of them
+            return by_groups(w, 64, go), 4 + (8 / 64 + 32 / (64 * 256) if double else 16 / 64)
+
+        return run
+
+    yield "bitsandbytes NF4 g64", nf4(False)
+    yield "bitsandbytes NF4 g64, double quantization", nf4(True)
+
+
+def hqq_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    quantizer = importlib.import_module("hqq.core.quantize").Quantizer
+
+    def hqq(group_size: int) -> Format:
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                codes, meta = quantizer.quantize(
+                    v,
+                    nbits=bits,
+                    group_size=group_size,
+                    axis=1,
+                    optimize=True,
+                    device="cpu",
+                    compute_dtype=torch.float32,
+                )
+                meta["scale"], meta["zero"] = meta["scale"].half().float(), meta["zero"].half().float()
+                restored: Tensor = quantizer.dequantize(codes, meta)
+                return restored
+
+            return by_groups(w, group_size, go), bits + 32 / group_size
+
+        return run
+
+    for group_size in (64, 128):
+        yield f"hqq g{group_size}", hqq(group_size)
+
+
+def auto_adpq_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    package = importlib.import_module("auto_adpq")
+
+    def adpq(alpha: float) -> Format:
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            config = package.AutoAdpQConfig(
+                group_size=128, n_iters=250, alpha=alpha, q_bit=bits, symmetrical_quantization=True, data_packing=False
+            )
+
+            def go(v: Tensor) -> Tensor:
+                return torch.as_tensor(package.Auto_AdpQ(config=config).quantize_reconstruct(v.numpy())).float()
+
+            # two 16-bit scales a group and an ideal list of positions: the published count
+            return by_groups(w, 128, go), bits + 32 / 128 + alpha * math.log2(128)
+
+        return run
+
+    for alpha in (0.02, 0.05, 0.08):
+        yield f"auto_adpq alpha = {alpha:.0%}", adpq(alpha)
+
+
+def torchao_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    quantization = importlib.import_module("torchao.quantization")
+    per_group = importlib.import_module("torchao.quantization.granularity").PerGroup
+    mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
+
+    def intx(group_size: int, asymmetric: bool) -> Format:
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                linear = torch.nn.Linear(v.shape[1], v.shape[0], bias=False)
+                linear.weight.data = v.clone()
+                config = quantization.IntxWeightOnlyConfig(
+                    weight_dtype=getattr(torch, f"int{bits}"),
+                    granularity=per_group(group_size),
+                    mapping_type=mapping.ASYMMETRIC if asymmetric else mapping.SYMMETRIC,
+                )
+                quantization.quantize_(linear, config)
+                restored: Tensor = linear.weight.dequantize().detach()
+                return restored
+
+            return by_groups(w, group_size, go), bits + (16 + (bits if asymmetric else 0)) / group_size
+
+        return run
+
+    for group_size in (32, 64, 128):
+        yield f"torchao int{bits} asym g{group_size}", intx(group_size, True)
+
+
+def quanto_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    quanto = importlib.import_module("optimum.quanto")
+    if bits != 4:
+        return
+
+    def qint4(group_size: int) -> Format:
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                scale, shift = quanto.MaxOptimizer()(v, quanto.qint4, 0, group_size)
+                scale, shift = scale.half().float(), shift.half().float()
+                q = quanto.quantize_weight(v, quanto.qint4, 0, scale, shift, group_size)
+                restored: Tensor = q.dequantize()
+                return restored
+
+            return by_groups(w, group_size, go), 4 + 32 / group_size
+
+        return run
+
+    for group_size in (64, 128):
+        yield f"quanto qint4 g{group_size}", qint4(group_size)
+
+
+def sinq_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    package = importlib.import_module("sinq.sinqlinear")
+
+    def sinq(group_size: int) -> Format:
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                linear = torch.nn.Linear(v.shape[1], v.shape[0], bias=False)
+                linear.weight.data = v.clone()
+                settings: Any = package.sinq_base_quant_config(nbits=bits, group_size=group_size, method="dual")
+                q = package.SINQLinear(linear, settings, compute_dtype=torch.float32, device="cpu")
+                restored: Tensor = q.dequantize().detach()
+                return restored
+
+            # its default, "dual": scale and shift a group, a column scale, all in 16 bits
+            return by_groups(w, group_size, go), bits + 32 / group_size + 16 / w.shape[0]
+
+        return run
+
+    for group_size in (64, 128):
+        yield f"SINQ g{group_size}", sinq(group_size)
+
+
+def lab(bits: int) -> Iterator[tuple[str, str, Format]]:
+    """Round-to-nearest and the two-level formats of ../shared/lab; nothing where it is absent."""
+    if not LAB.is_file():
+        print("peers: ../shared is absent, so are the lab's formats", file=sys.stderr)
+        return
+    spec = importlib.util.spec_from_file_location("precal_lab_formats", LAB)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for group_size in (128, 64, 32):
+        yield f"RTN sym g{group_size}", "lab", module.rtn(bits, group_size)
+        yield f"RTN asym g{group_size}", "lab", module.rtn(bits, group_size, "asym")
+    yield "RTN asym g64, MSE scales", "lab", module.rtn(bits, 64, "asym", True)
+    yield "two-level g32 (k-quant-like)", "lab", module.two_level(bits, 32, 8, 6)
+    yield "two-level g16", "lab", module.two_level(bits, 16, 16, 4)
