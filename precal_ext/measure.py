@@ -46,6 +46,13 @@ def sqnr_db(power: float, noise: float) -> float:
     return 10 * math.log10(power / noise) if power > 0 else math.nan
 
 
+def sum_squares(x: Tensor) -> float:
+    """Sum of squares of a float64 matrix, the same for any number of threads: torch splits a sum to one number over
+    threads, but not the sum of a row among several, nor one below its grain of 2**15 elements."""
+    parts = x.square().sum(1) if x.shape[0] > 1 else torch.stack([p.square().sum() for p in x.flatten().split(1 << 14)])
+    return math.fsum(parts.tolist())
+
+
 def measure(w: Tensor, q: QTensor) -> Figures:
     """Compare a weight [N, K] with its quantized form."""
     restored = q.dequantize()
@@ -53,8 +60,8 @@ def measure(w: Tensor, q: QTensor) -> Figures:
     step = max(1, _ROWS_AT_ONCE // max(1, q.spec.K))
     for first in range(0, q.spec.N, step):
         original = w[first : first + step].double()
-        power += float(original.square().sum())
-        noise += float((original - restored[first : first + step]).square().sum())
+        power += sum_squares(original)
+        noise += sum_squares(original - restored[first : first + step])
     mask = outlier_mask(q)
     share = 0.0 if mask is None else float(mask.sum()) / max(1, mask.numel())
     return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from precal_ext.linear import PrecalLinear
 from precal_ext.qtensor import WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
 from precal_ext.report import Entry, Report
-from precal_ext.select import Decision, SelectionError, decide, model_format
+from precal_ext.select import Decision, SelectionError, decide, is_linear, model_format
 
 FORMAT_ATTRIBUTE = "precal_format"
 
@@ -91,12 +91,8 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
 
 
 def find_linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The modules that can become ``PrecalLinear``: not those whose owner reads their weight itself."""
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    }
+    """The modules that can become ``PrecalLinear``, by name."""
+    return {name: cast(nn.Linear, m) for name, m in model.named_modules() if is_linear(m)}
 
 
 def _fit(members: Mapping[str, nn.Linear], settings: QuantizeConfig) -> Tensor | None:

@@ -63,7 +63,8 @@ def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConf
         pieces.append((w, scale_amplitude(q.tensors["weight_scale"], q.tensors["weight_row_scale"]), q))
     squares = [amplitude.double().square() for _, amplitude, _ in pieces]
     total = sum(int(s.numel()) for s in squares)
-    mean = sum(float(s.sum()) for s in squares) / max(1, total)
+    # fsum is exact: torch's own sum depends on the number of threads, and so would the grid.
+    mean = math.fsum(value for s in squares for value in s.flatten().tolist()) / max(1, total)
     counts = torch.zeros(MAX_BINS, dtype=torch.int64)
     if mean == 0:
         return counts
@@ -89,8 +90,8 @@ def quantize_weight(w: Tensor, config: QuantizeConfig, grid: Tensor | None) -> Q
     tensors: dict[str, Tensor] = {}
     if spec.split:
         mask = salient(w, config.alpha, config.scope, spec.group_size, config.normalize)
-        codes, scale, row_scale, outlier_scale, outlier_mask = ops.quantize_split(w, mask, spec.bits, spec.group_size)
-        tensors = {"weight_outlier_scale": outlier_scale, "weight_outlier_mask": outlier_mask}
+        codes, scale, row_scale, other_scale, mask_bytes = ops.quantize_split(w, mask, spec.bits, spec.group_size)
+        tensors = {"weight_outlier_scale": other_scale, "weight_outlier_mask": mask_bytes}
     else:
         baseline = config.recipe == "rtn"
         codes, scale, row_scale, index, value = ops.quantize_groups(

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from precal_ext.config import MODULE_FIELDS, ModelFormat, QuantizeConfig
 
 logger = logging.getLogger("precal")
@@ -77,6 +80,11 @@ def fusion_set_of(module: str) -> str:
             leaf = "(" + ",".join(names) + ")"
     name = f"{parent}.{leaf}" if parent else leaf
     return _EXPERT.sub(r"\1experts.*.", name)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can become ``PrecalLinear``: an ``nn.Linear``, unless its owner reads the weight itself."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def is_expert(module: str) -> bool:
@@ -250,8 +258,6 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
         import transformers
     except ImportError:
         return None
-    import torch
-
     try:
         hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -266,7 +272,7 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
     tied_keys = set(getattr(model, "all_tied_weights_keys", None) or {})
     names, heads, tied, absent, model_names = set(), set(), set(), set(), {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
+        if not is_linear(module):
             continue
         # Checkpoints of a base model lack its prefix.
         stored = name if name in matrices else name.removeprefix(prefix)

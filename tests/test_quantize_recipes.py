@@ -270,3 +270,18 @@ def test_the_loop_on_any_weights_with_any_factor(values: list[float], alpha: flo
 def test_the_loop_refuses(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=f"shrink_lam: .*{message}"):
         shrink_lam(torch.tensor([[1.0, 0.1, 0.01]]), *arguments)
+
+
+@pytest.mark.parametrize("shape", [(600, 1024), (1, 100_003)])
+def test_figures_and_grids_do_not_depend_on_threads(shape: tuple[int, int]) -> None:
+    """Large enough that torch would split its own sums over threads."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(5)).pow(3)
+    config = QuantizeConfig(group_size=8)
+    found = []
+    for threads in (1, 2, 4):
+        with forced_threads(threads):
+            grid = fit_set_grid([w], config)
+            found.append((grid, measure(w, quantize_weight(w, config, grid))))
+    for grid, figures in found[1:]:
+        assert torch.equal(grid, found[0][0])
+        assert figures == found[0][1]
