@@ -77,9 +77,12 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recipe", choices=("precal", "paper", "rtn"), help="method (default precal)")
     group.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale; -1: a row (default 64)")
     group.add_argument(
-        "--outliers", type=int, metavar="C", dest="c", help="16-bit outliers per 256 weights (default 1)"
+        "--outliers", type=int, metavar="C", dest="c", help="outliers per 256 weights, 16 bits each (default 1)"
     )
     group.add_argument("--grid", choices=("fitted", "constant", "uniform"), help="levels (default fitted)")
+    group.add_argument(
+        "--trellis", action=argparse.BooleanOptionalAction, help="twice the levels at no bits (default on up to 6 bits)"
+    )
     group.add_argument(
         "--alpha", type=float, metavar="SHARE", help="paper recipe: share of salient weights (default 0.05)"
     )
@@ -116,7 +119,7 @@ def _config(args: argparse.Namespace) -> Any:
             raise RefusedError(f"{path}: must be a JSON file with settings, got: {error}") from None
         if not isinstance(fields, dict):
             raise RefusedError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
-    for name in ("bits", "recipe", "group_size", "c", "grid", "alpha", "include", "exclude"):
+    for name in ("bits", "recipe", "group_size", "c", "grid", "trellis", "alpha", "include", "exclude"):
         value = getattr(args, name)
         if value is not None:
             fields[name] = value

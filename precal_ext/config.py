@@ -19,7 +19,7 @@ NORMALIZE = ("none", "row", "group")
 
 _GROUP_SIZE = {"precal": 64, "paper": 128, "rtn": 128}
 # Fields that a module may have of its own; everything else belongs to the whole model.
-MODULE_FIELDS = ("bits", "group_size", "c", "grid")
+MODULE_FIELDS = ("bits", "group_size", "c", "grid", "trellis")
 
 
 def _check(field_name: str, value: Any, good: bool, contract: str) -> None:
@@ -48,13 +48,15 @@ class QuantizeConfig:
         group_size: columns that share a scale, >= 1 (64; paper and rtn 128). -1: the whole row.
         c: outliers in every block of 256 columns, 0 to 16 (precal 1; the others have none).
         grid: "fitted", "constant" or "uniform" (precal: fitted up to 6 bits, else uniform; the others uniform).
+        trellis: twice the levels, each code choosing among those its two predecessors leave it (docs/format.md); needs
+            a grid that is not uniform (true where there is one).
         fit_rounds: Lloyd-Max rounds on the histogram, 0 to 100.
         mu: weight of the KL term in the fit, >= 0 (why 0.03: docs/method.md).
         alpha, scope, normalize: share and unit of the salient weights of the paper recipe; alpha in [0, 1].
         include, exclude: regular expressions (``re.search`` on the module name) that add modules to the automatic
             choice or take them away; ``exclude`` wins.
-        overrides: regular expression -> fields of its own, any of bits, group_size, c, grid. The first that matches
-            counts.
+        overrides: regular expression -> fields of its own, any of bits, group_size, c, grid, trellis. The first that
+            matches counts.
     Raises:
         ValueError: a field breaks its contract.
     """
@@ -64,6 +66,7 @@ class QuantizeConfig:
     group_size: int | None = None
     c: int | None = None
     grid: str | None = None
+    trellis: bool | None = None
     fit_rounds: int = 1
     mu: float = 0.03
     alpha: float = 0.05
@@ -95,6 +98,11 @@ class QuantizeConfig:
         allowed = GRIDS if self.recipe == "precal" and self.bits <= 6 else ("uniform",)
         why = f"one of {', '.join(allowed)} for recipe {self.recipe} at {self.bits} bits"
         _check("grid", self.grid, self.grid in allowed, why)
+        able = self.grid != "uniform"
+        if self.trellis is None:
+            settle("trellis", able)
+        contract = "true or false" if able else "false with a uniform grid"
+        _check("trellis", self.trellis, isinstance(self.trellis, bool) and (able or not self.trellis), contract)
         good = _is_int(self.fit_rounds) and 0 <= self.fit_rounds <= 100
         _check("fit_rounds", self.fit_rounds, good, "an integer from 0 to 100")
         _check("mu", self.mu, _is_number(self.mu) and self.mu >= 0, "a finite number >= 0")
@@ -120,6 +128,8 @@ class QuantizeConfig:
         changed = dict(fields)
         if changed.get("bits", self.bits) != self.bits:
             changed.setdefault("grid", None)  # its default depends on the width
+        if self.trellis and (changed.get("grid", self.grid) != self.grid or "bits" in changed):
+            changed.setdefault("trellis", None)  # its default depends on both
         return dataclasses.replace(self, overrides={}, **changed)
 
     def for_module(self, name: str) -> QuantizeConfig:
@@ -132,6 +142,11 @@ class QuantizeConfig:
     @property
     def uniform(self) -> bool:
         return self.grid == "uniform"
+
+    @property
+    def grid_size(self) -> int:
+        """Levels of the grid: 0 for a uniform one, 2**bits, or twice that with a trellis."""
+        return 0 if self.uniform else 2 ** (self.bits + bool(self.trellis))
 
     @property
     def split(self) -> bool:
@@ -234,6 +249,7 @@ class ModelFormat:
             "group_size": c.group_size,
             "c": c.c,
             "grid": c.grid,
+            "trellis": c.trellis,
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "module_overrides": {name: dict(fields) for name, fields in self.module_overrides.items()},
         }
@@ -249,7 +265,7 @@ class ModelFormat:
         _check("quant_method", method, method == QUANT_METHOD, f"{QUANT_METHOD!r}")
         contract = f"{_C.FORMAT_VERSION}; install a precal that knows this format"
         _check("format_version", version, _is_int(version) and version == _C.FORMAT_VERSION, contract)
-        config = QuantizeConfig(**{k: data[k] for k in ("recipe", "bits", "group_size", "c", "grid") if k in data})
+        config = QuantizeConfig(**{k: data[k] for k in ("recipe", *MODULE_FIELDS) if k in data})
         skipped = data.get("modules_to_not_convert") or []
         good = isinstance(skipped, (list, tuple)) and all(isinstance(name, str) for name in skipped)
         _check("modules_to_not_convert", skipped, good, "a list of module names")

@@ -210,7 +210,13 @@ def entry(decision: Decision, settings: QuantizeConfig, w: Tensor, q: QTensor, d
         (q.spec.N, q.spec.K),
         dtype,
         decision.fusion_set,
-        {"bits": q.spec.bits, "group_size": q.spec.group_size, "c": q.spec.c, "grid": settings.grid},
+        {
+            "bits": q.spec.bits,
+            "group_size": q.spec.group_size,
+            "c": q.spec.c,
+            "grid": settings.grid,
+            "trellis": q.spec.trellis,
+        },
         measure(w, q),
     )
 

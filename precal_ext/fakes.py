@@ -50,13 +50,16 @@ def _(
     divisor: Tensor | None = None,
     weight: Tensor | None = None,
     group_size: int = 128,
+    label: Tensor | None = None,
+    num_labels: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return w.new_empty([num_bins], dtype=torch.int64), w.new_empty([3], dtype=torch.int64)
+    shape = [num_bins] if label is None else [num_labels, num_bins]
+    return w.new_empty(shape, dtype=torch.int64), w.new_empty([3], dtype=torch.int64)
 
 
 @torch.library.register_fake("precal::spread_codes")
 def _(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
-    return torch.empty_like(counts, dtype=torch.float64)
+    return counts.new_empty([counts.shape[-1]], dtype=torch.float64)
 
 
 @torch.library.register_fake("precal::kl_divergence")
@@ -89,7 +92,7 @@ def _(
         w.new_empty([N, _ceil_div(K, group_size)], dtype=_SCALE_DTYPE[scale_dtype]),
         w.new_empty([N], dtype=torch.bfloat16),
         w.new_empty([N, blocks, c], dtype=torch.uint8),
-        w.new_empty([N, blocks, c], dtype=torch.float16),
+        w.new_empty([N, blocks, c], dtype=torch.uint8),
     )
 
 
@@ -137,8 +140,9 @@ def _(
 ) -> Tensor:
     c = 0 if outlier_index is None else int(outlier_index.shape[2])
     scale_dtype = "float16" if scale.dtype == torch.float16 else "e4m3"
+    grid_size = 0 if grid is None else int(grid.numel())
     size = _C.prepacked_bytes(
-        int(packed.shape[0]), K, bits, group_size, c, grid is None, outlier_mask is not None, scale_dtype
+        int(packed.shape[0]), K, bits, group_size, c, grid_size, outlier_mask is not None, scale_dtype
     )
     return packed.new_empty([size], dtype=torch.uint8)
 
@@ -151,7 +155,7 @@ def _(
     bits: int,
     group_size: int,
     c: int,
-    uniform: bool,
+    grid_size: int,
     split: bool,
     scale_dtype: str,
 ) -> tuple[Tensor, ...]:
@@ -164,9 +168,9 @@ def _(
         new([N, _words(K, bits)], torch.int32),
         new([N, G], scale),
         new([N], torch.bfloat16),
-        new([0 if uniform else 1, 2**bits], torch.int8),
+        new([1 if grid_size else 0, grid_size], torch.int8),
         new([N, blocks, c], torch.uint8),
-        new([N, blocks, c], torch.float16),
+        new([N, blocks, c], torch.uint8),
         new([N if split else 0, G], scale),
         new([N if split else 0, _ceil_div(K, 8)], torch.uint8),
     )
@@ -189,17 +193,17 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (prepacked,) = ctx.saved_tensors
-    N, K, bits, group_size, c, uniform, split, scale_dtype = ctx.integers
+    N, K, bits, group_size, c, grid_size, split, scale_dtype = ctx.integers
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         packed, scale, row_scale, grid, index, value, other, mask = torch.ops.precal.unprepack(
-            prepacked, N, K, bits, group_size, c, uniform, split, scale_dtype
+            prepacked, N, K, bits, group_size, c, grid_size, split, scale_dtype
         )
         weight = torch.ops.precal.dequantize(
             packed,
             scale,
             row_scale,
-            None if uniform else grid,
+            grid if grid_size else None,
             index if c else None,
             value if c else None,
             other if split else None,

@@ -108,7 +108,7 @@ class PrecalLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        kind = "split" if s.split else "uniform" if s.uniform else "grid"
+        kind = "split" if s.split else "uniform" if s.uniform else "trellis" if s.trellis else "grid"
         return (
             f"in_features={s.K}, out_features={s.N}, bias={self.bias is not None}, bits={s.bits}, "
             f"group_size={s.group_size}, c={s.c}, {kind}, {s.scale_dtype}"

@@ -77,7 +77,7 @@ def outlier_mask(q: QTensor) -> Tensor | None:
         return None
     index = q.tensors["weight_outlier_index"].long()
     starts = torch.tensor([begin for begin, _ in _C.outlier_blocks(spec.K)])
-    used = q.tensors["weight_outlier_value"] != 0
+    used = (q.tensors["weight_outlier_value"] & 0x7F) != 0
     mask = torch.zeros(spec.N, spec.K, dtype=torch.bool)
     rows = torch.arange(spec.N)[:, None, None].expand_as(index)
     mask[rows[used], (index + starts[None, :, None])[used]] = True
@@ -100,9 +100,9 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
     """KL(P_w || P_w'), the estimator of docs/method.md.
 
     P_w is the histogram of w / (row_scale * scale), outliers left out, over twice the range of the levels; P_w' spreads
-    each code's mass over its decision cell (``ops.spread_codes``). The number of bins is the power of two nearest below
-    a 32nd of the number of weights, between 256 and 2048: an empty tensor has 0 nats, a small one a positive bias of
-    about bins / (2 * weights).
+    each code's mass over its decision cell, or, with a trellis, over the bins it came from (``ops.spread_codes``). The
+    number of bins is the power of two nearest below a 32nd of the number of weights, between 256 and 2048: an empty
+    tensor has 0 nats, a small one a positive bias of about bins / (2 * weights).
     """
     spec = q.spec
     bins = MIN_BINS
@@ -110,7 +110,8 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
         bins *= 2
     half = level_range(spec.uniform, spec.bits)
     mask = outlier_mask(q)
-    counts = torch.zeros(bins, dtype=torch.int64)
+    label = q.level_index() if spec.trellis else None
+    counts = torch.zeros((spec.grid_size, bins) if spec.trellis else (bins,), dtype=torch.int64)
     parts: list[tuple[str, Tensor | None]] = [("weight_scale", mask)]
     if spec.split and mask is not None:
         parts.append(("weight_outlier_scale", ~mask))
@@ -118,8 +119,19 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
         divisor = scale_amplitude(q.tensors[key], q.tensors["weight_row_scale"])
         x = w if leave_out is None else w.masked_fill(leave_out, math.nan)
         weight = (divisor != 0).long()
-        counts += ops.histogram(x.contiguous(), bins, -half, half, divisor, weight, spec.group_size)[0]
+        counts += ops.histogram(
+            x.contiguous(),
+            bins,
+            -half,
+            half,
+            divisor,
+            weight,
+            spec.group_size,
+            label,
+            len(counts) if spec.trellis else 1,
+        )[0]
     grid = q.tensors.get("weight_grid")
     if grid is None:
         grid = torch.arange(2**spec.bits, dtype=torch.int16).sub(2 ** (spec.bits - 1)).clamp(min=-127).to(torch.int8)
-    return float(ops.kl_divergence(counts, ops.spread_codes(counts, -half, half, grid)))
+    density = ops.spread_codes(counts, -half, half, grid)
+    return float(ops.kl_divergence(counts.sum(0) if spec.trellis else counts, density))

@@ -111,8 +111,10 @@ def histogram(
     divisor: Tensor | None = None,
     weight: Tensor | None = None,
     group_size: int = 128,
+    label: Tensor | None = None,
+    num_labels: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Integer histogram of ``w / divisor``.
+    """Integer histogram of ``w / divisor``; with ``label``, one for each label.
 
     Bin b counts x with lo + b*h <= x < lo + (b+1)*h, h = (hi - lo) / num_bins, in double; the last bin includes hi.
 
@@ -121,10 +123,12 @@ def histogram(
         num_bins: 1 to 2**24.  lo, hi: finite, lo < hi, far enough apart that double tells the bins apart.
         divisor: float32 [N, G] or None for 1. The division is float32.
         weight: int64 [N, G], what each weight of a group adds to its bin, or None for 1; weight 0 skips the group.
+        label: uint8 [N, K] below ``num_labels``, or None.
+        num_labels: 1 to 256, num_labels * num_bins at most 2**24; 1 without ``label``.
     Returns:
-        counts int64 [num_bins] and outside int64 [3]: below lo, above hi, NaN.
+        counts int64 [num_bins], with ``label`` [num_labels, num_bins], and outside int64 [3]: below lo, above hi, NaN.
     """
-    return torch.ops.precal.histogram(w, num_bins, lo, hi, divisor, weight, group_size)
+    return torch.ops.precal.histogram(w, num_bins, lo, hi, divisor, weight, group_size, label, num_labels)
 
 
 @_contract
@@ -132,10 +136,12 @@ def spread_codes(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
     """The density of the quantized weights: each code's mass, spread evenly over its decision cell.
 
     A discrete W' has no density; this gives it one to compare with the histogram of W. Cells are cut at the midpoints
-    of neighbouring levels, rounded to bin edges, and end at the outermost occupied bins.
+    of neighbouring levels, rounded to bin edges, and end at the outermost occupied bins. Where neighbours decide over
+    codes too (a trellis), cells overlap: a histogram by code is then spread from each code's first to its last occupied
+    bin, and the levels play no part.
 
     Args:
-        counts: int64 [bins] >= 0, histogram of w / (row_scale * scale) over [lo, hi].
+        counts: int64 [bins] >= 0, histogram of w / (row_scale * scale) over [lo, hi]; or [levels, bins], by code.
         grid: int8, 2 to 256 non-decreasing levels in [-127, 127].
     Returns:
         float64 [bins], the same total mass as ``counts``.
@@ -166,9 +172,11 @@ def fit_grid(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float = 0.0
     Coordinate descent over the integers on that objective, from ``grid`` and from ``grid`` after ``rounds`` weighted
     Lloyd-Max steps (each stretched so that the largest level is 127); the better end counts. The largest level stays,
     it is the unit of the scales. ``rounds = 0`` or an empty histogram return ``grid`` (docs/method.md).
+    On a histogram by code, what each code holds is given: every level moves to its mean, all are stretched so that the
+    largest is 127, and ``mu`` plays no part.
 
     Args:
-        counts: int64 [bins] >= 0, in units of levels: w / (row_scale * scale).
+        counts: int64 [bins] >= 0, in units of levels: w / (row_scale * scale); or [levels, bins], by code.
         grid: int8 levels to start from.
         mu: weight of the KL term, finite, >= 0.
         rounds: 0 to 1000.
@@ -198,13 +206,16 @@ def quantize_groups(
 
     Outliers are the c largest |w| with w**2 > lam of every block (ties: the lower column); the rest sets the scales.
     Per group the e4m3 scale with the least squared error is taken among all codes between ``search_lo`` and
-    ``search_hi`` times the scale at which the group's extreme weight meets the largest level. The order of every
-    rounding is fixed (csrc/cpu/quantize-inl.h). Row scales adapt to any magnitude; within a row, e4m3 scales end 2**9
-    below the mean one, so groups more than about 2**12 smaller than the mean group amplitude vanish.
+    ``search_hi`` times the scale at which the group's extreme weight meets the largest level. A grid of 2**(bits+1)
+    levels makes codes through a trellis (docs/format.md), found by a Viterbi search together with the scales. The order
+    of every rounding is fixed (csrc/cpu/quantize-inl.h, trellis-inl.h). Row scales adapt to any magnitude; within a
+    row, e4m3 scales end 2**9 below the mean one, so groups more than about 2**12 smaller than the mean group amplitude
+    vanish.
 
     Args:
         w: [N, K] float32, float16 or bfloat16, finite, at most 2**126 in magnitude.
-        grid: int8 [2**bits] or [1, 2**bits] non-decreasing levels, or None for the uniform u - 2**(bits-1).
+        grid: int8 [L] or [1, L] non-decreasing levels, L = 2**bits, or 2**(bits+1) for a trellis (2 to 7 bits, e4m3
+            scales), or None for the uniform u - 2**(bits-1).
         bits: 2 to 8.  group_size: >= 1, the last group may be short.  c: 0 to 16.  lam: >= 0.
         scale_dtype: "e4m3", or "float16" (then search_lo = search_hi = 1).
         symmetric: scale = max|w| / top level, always positive (round-to-nearest); else the extreme weight keeps its
@@ -212,7 +223,7 @@ def quantize_groups(
         search_lo, search_hi: 0 < lo <= hi <= 1.1.
     Returns:
         codes uint8 [N, K]; scale uint8 (e4m3 bits) or float16 [N, G]; row_scale bfloat16 [N];
-        outlier_index uint8 [N, B, c]; outlier_value float16 [N, B, c].
+        outlier_index uint8 [N, B, c]; outlier_value uint8 (e4m3 bits) [N, B, c].
     """
     return torch.ops.precal.quantize_groups(
         w, grid, bits, group_size, c, lam, scale_dtype, symmetric, search_lo, search_hi
@@ -270,8 +281,8 @@ def dequantize(
 
     Args:
         packed: int32 [N, ceil(K*bits/32)].  scale: uint8 (e4m3) or float16 [N, G].  row_scale: bfloat16 [N].
-        grid: int8 [1, 2**bits], or None for uniform.
-        outlier_index, outlier_value: uint8 and float16 [N, B, c], or both None.
+        grid: int8 [1, 2**bits], [1, 2**(bits+1)] for a trellis, or None for uniform.
+        outlier_index, outlier_value: uint8 [N, B, c], the values e4m3 bits, or both None.
         outlier_scale, outlier_mask: dtype and shape of ``scale`` and uint8 [N, ceil(K/8)], or both None.
     Returns:
         float32 [N, K].
@@ -336,17 +347,20 @@ def unprepack(
     bits: int,
     group_size: int,
     c: int,
-    uniform: bool,
+    grid_size: int,
     split: bool,
     scale_dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inverse of ``prepack``. The integers must be those the weight was made with; its header is checked.
 
+    Args:
+        grid_size: levels of the grid, 0 when there is none.  split: whether there is an outlier_mask.
+        scale_dtype: "e4m3" or "float16".
     Returns:
         packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale, outlier_mask as ``dequantize``
         takes them; what the weight lacks has no elements.
     """
-    return torch.ops.precal.unprepack(prepacked, N, K, bits, group_size, c, uniform, split, scale_dtype)
+    return torch.ops.precal.unprepack(prepacked, N, K, bits, group_size, c, grid_size, split, scale_dtype)
 
 
 @_contract
@@ -359,7 +373,7 @@ def linear(
     bits: int,
     group_size: int,
     c: int,
-    uniform: bool,
+    grid_size: int,
     split: bool,
     scale_dtype: str,
 ) -> Tensor:
@@ -371,8 +385,8 @@ def linear(
         x: [..., K] float32, float16 or bfloat16; a strided x is copied.
         prepacked: uint8 from ``prepack``.
         bias: [N] float32, float16 or bfloat16, or None.
-        N, K, bits, group_size, c, uniform, split, scale_dtype: as ``unprepack``.
+        N, K, bits, group_size, c, grid_size, split, scale_dtype: as ``unprepack``.
     Returns:
         [..., N], dtype of ``x``.
     """
-    return torch.ops.precal.linear(x, prepacked, bias, N, K, bits, group_size, c, uniform, split, scale_dtype)
+    return torch.ops.precal.linear(x, prepacked, bias, N, K, bits, group_size, c, grid_size, split, scale_dtype)

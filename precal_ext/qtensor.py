@@ -39,7 +39,7 @@ class WeightSpec:
     bits: int
     group_size: int
     c: int
-    uniform: bool
+    grid_size: int  # levels: 0 (uniform), 2**bits, or 2**(bits + 1) (trellis)
     split: bool
     scale_dtype: str
 
@@ -48,7 +48,15 @@ class WeightSpec:
         """Spec of a weight of shape [N, K]; ``config`` is the module's own (``QuantizeConfig.for_module``)."""
         assert config.group_size is not None and config.c is not None
         group_size = max(K, 1) if config.group_size == -1 else config.group_size
-        return cls(N, K, config.bits, group_size, config.c, config.uniform, config.split, config.scale_dtype)
+        return cls(N, K, config.bits, group_size, config.c, config.grid_size, config.split, config.scale_dtype)
+
+    @property
+    def uniform(self) -> bool:
+        return self.grid_size == 0
+
+    @property
+    def trellis(self) -> bool:
+        return self.grid_size == 2 ** (self.bits + 1)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Key without the module's name -> dtype and shape, for every tensor that a checkpoint holds."""
@@ -59,12 +67,12 @@ class WeightSpec:
             "weight_scale": (scale, (N, G)),
             "weight_row_scale": (torch.bfloat16, (N,)),
         }
-        if not self.uniform:
-            found["weight_grid"] = (torch.int8, (1, 2**self.bits))
+        if self.grid_size:
+            found["weight_grid"] = (torch.int8, (1, self.grid_size))
         if self.c:
             blocks = _C.num_outlier_blocks(self.K)
             found["weight_outlier_index"] = (torch.uint8, (N, blocks, self.c))
-            found["weight_outlier_value"] = (torch.float16, (N, blocks, self.c))
+            found["weight_outlier_value"] = (torch.uint8, (N, blocks, self.c))
         if self.split:
             found["weight_outlier_scale"] = (scale, (N, G))
             found["weight_outlier_mask"] = (torch.uint8, (N, _ceil_div(self.K, 8)))
@@ -79,9 +87,9 @@ class WeightSpec:
         """Stored bits per weight. ``weight_shape`` (16 bytes a matrix) is left out: a constant, not a rate."""
         return (self.stored_bits() - 128) / max(1, self.N * self.K)
 
-    def op_arguments(self) -> tuple[int, int, int, int, int, bool, bool, str]:
+    def op_arguments(self) -> tuple[int, int, int, int, int, int, bool, str]:
         """The trailing arguments of ``ops.linear`` and ``ops.unprepack``."""
-        return self.N, self.K, self.bits, self.group_size, self.c, self.uniform, self.split, self.scale_dtype
+        return self.N, self.K, self.bits, self.group_size, self.c, self.grid_size, self.split, self.scale_dtype
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -105,6 +113,19 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """W' as float32 [N, K]."""
         return ops.dequantize(*self._arguments())
+
+    def level_index(self) -> Tensor:
+        """uint8 [N, K]: which level of the grid each code means (docs/format.md)."""
+        codes = ops.unpack(self.tensors["weight_packed"], self.spec.bits, self.spec.K)
+        if not self.spec.trellis:
+            return codes
+        low = codes & 1
+        before, previous = torch.zeros_like(low), torch.zeros_like(low)
+        previous[:, 1:], before[:, 2:] = low[:, :-1], low[:, :-2]
+        for begin, _ in _C.outlier_blocks(self.spec.K):
+            previous[:, begin : begin + 1] = 0
+            before[:, begin : begin + 2] = 0
+        return 2 * (codes ^ before) + previous
 
     def prepack(self) -> Tensor:
         """The tile order of the tensors' device, uint8 (``ops.prepack``)."""
@@ -171,12 +192,12 @@ class QTensor:
     def _validate_outliers(self, fail: Any) -> None:
         index = self.tensors["weight_outlier_index"].to(torch.int16)
         value = self.tensors["weight_outlier_value"]
-        if not bool(torch.isfinite(value).all()):
-            fail("weight_outlier_value", "must be finite")
+        if bool(((value & 0x7F) == 0x7F).any()):
+            fail("weight_outlier_value", "must hold no NaN")
         width = torch.tensor([end - begin for begin, end in _C.outlier_blocks(self.spec.K)], dtype=torch.int16)
         if bool((index >= width[None, :, None]).any()):
             fail("weight_outlier_index", "must lie inside its block")
-        unused = value == 0
+        unused = (value & 0x7F) == 0
         if bool((unused & (index != 0)).any()):
             fail("weight_outlier_index", "must be 0 where the value is 0")
         later = index[..., 1:]

@@ -35,27 +35,51 @@ def fit_set_grid(weights: Sequence[Tensor], config: QuantizeConfig) -> Tensor | 
 
     The constant grid for Gaussian groups is refined ``fit_rounds`` times: quantize with it, pool the histograms of the
     dense w / (row_scale * scale), each group counting by its squared scale, minimise squared error + mu * KL on that.
+    With a trellis every code has a histogram of its own; a round moves levels to the means of theirs, and of all the
+    grids on the way the one with the least squared error + mu * KL is taken.
 
     Args:
         weights: [N, K] each, or samples of rows of them.
     Returns:
-        int8 [1, 2**bits], or None for a uniform grid.
+        int8 [1, config.grid_size], or None for a uniform grid.
     """
     if config.uniform:
         return None
     assert config.group_size is not None
-    grid = constant_grid(config.bits, config.group_size)
-    if config.grid == "constant":
+    grid = constant_grid(config.bits, config.group_size, bool(config.trellis))
+    if config.grid == "constant" or config.fit_rounds == 0:
         return grid
-    for _ in range(config.fit_rounds):
+    half = level_range(False, config.bits)
+    if not config.trellis:
+        for _ in range(config.fit_rounds):
+            grid = ops.fit_grid(_pooled_counts(weights, grid, config), -half, half, grid, config.mu, 1)
+        return grid
+    best, least = grid, math.inf
+    for i in range(config.fit_rounds + 1):
         counts = _pooled_counts(weights, grid, config)
-        grid = ops.fit_grid(
-            counts, -level_range(False, config.bits), level_range(False, config.bits), grid, config.mu, 1
-        )
-    return grid
+        cost = _composite_objective(counts, half, grid, config.mu)
+        if cost < least:
+            best, least = grid, cost
+        if i < config.fit_rounds:
+            grid = ops.fit_grid(counts, -half, half, grid, 0.0, 1)
+    return best
+
+
+def _composite_objective(counts: Tensor, half: float, grid: Tensor, mu: float) -> float:
+    """|W - W'|^2 / |W|^2 + mu * KL(P_w || P_w') of a histogram by code, [levels, bins] (arXiv 2405.13358)."""
+    bins = counts.shape[1]
+    centres = (torch.arange(bins, dtype=torch.float64) + 0.5) * (2 * half / bins) - half
+    mass = counts.double()
+    error = mass * (centres[None, :] - grid.flatten().double()[:, None]).square()
+    power = math.fsum((mass * centres.square()).sum(1).tolist())  # sums of rows: the same for any number of threads
+    if power == 0:
+        return 0.0
+    kl = float(ops.kl_divergence(counts.sum(0), ops.spread_codes(counts, -half, half, grid)))
+    return math.fsum(error.sum(1).tolist()) / power + mu * kl
 
 
 def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConfig) -> Tensor:
+    """int64 [bins], with a trellis [levels, bins]."""
     half = level_range(False, config.bits)
     pieces = []
     for w in weights:
@@ -65,7 +89,8 @@ def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConf
     total = sum(int(s.numel()) for s in squares)
     # fsum is exact: torch's own sum depends on the number of threads, and so would the grid.
     mean = math.fsum(value for s in squares for value in s.flatten().tolist()) / max(1, total)
-    counts = torch.zeros(MAX_BINS, dtype=torch.int64)
+    levels = config.grid_size if config.trellis else 1
+    counts = torch.zeros((levels, MAX_BINS) if config.trellis else (MAX_BINS,), dtype=torch.int64)
     if mean == 0:
         return counts
     for (w, amplitude, q), square in zip(pieces, squares, strict=True):
@@ -73,7 +98,8 @@ def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConf
         weight = (square / mean * _WEIGHT_ONE).round().clamp(max=2.0**31).long()
         mask = outlier_mask(q)
         dense = w if mask is None else w.masked_fill(mask, math.nan)  # NaN is counted outside
-        counts += ops.histogram(dense, MAX_BINS, -half, half, amplitude, weight, q.spec.group_size)[0]
+        label = q.level_index() if config.trellis else None
+        counts += ops.histogram(dense, MAX_BINS, -half, half, amplitude, weight, q.spec.group_size, label, levels)[0]
     return counts
 
 
@@ -82,7 +108,7 @@ def quantize_weight(w: Tensor, config: QuantizeConfig, grid: Tensor | None) -> Q
 
     Args:
         w: [N, K] float32, float16 or bfloat16, finite, contiguous.
-        grid: int8 [1, 2**bits] from ``fit_set_grid``, None for uniform.
+        grid: int8 [1, config.grid_size] from ``fit_set_grid``, None for uniform.
     Raises:
         ValueError, TypeError: as ``ops.quantize_groups``.
     """

@@ -138,8 +138,15 @@ def histogram(
     divisor: Tensor | None = None,
     weight: Tensor | None = None,
     group_size: int = 128,
+    label: Tensor | None = None,
+    num_labels: int = 1,
 ) -> tuple[Tensor, Tensor]:
     N, K = w.shape
+    if label is not None:
+        parts = [histogram(w.float().masked_fill(label != i, math.nan), num_bins, lo, hi, divisor, weight, group_size)
+                 for i in range(num_labels)]  # fmt: skip
+        _, outside = histogram(w, num_bins, lo, hi, divisor, weight, group_size)
+        return torch.stack([counts for counts, _ in parts]), outside
     columns = group_of_column(K, group_size)
     x = w.float() if divisor is None else w.float() / divisor[:, columns]
     mass = torch.ones(N, K, dtype=torch.int64) if weight is None else weight[:, columns]
@@ -161,6 +168,13 @@ def cell_of_bin(num_bins: int, lo: float, hi: float, grid: Tensor) -> np.ndarray
 
 
 def spread_codes(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
+    if counts.dim() == 2:  # by code: each from its first to its last occupied bin
+        total = np.zeros(counts.shape[1])
+        for row in counts.double().numpy():
+            bins = np.flatnonzero(row)
+            if len(bins):
+                total[bins[0] : bins[-1] + 1] += row.sum() / (bins[-1] - bins[0] + 1)
+        return torch.from_numpy(total)
     mass = counts.double().numpy()
     occupied = np.flatnonzero(mass)
     density = np.zeros_like(mass)
@@ -205,8 +219,107 @@ def grid_objective(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float
 
 
 def levels_of(grid: Tensor | None, bits: int) -> Tensor:
-    """float64 [2^bits]."""
+    """float64 [2^bits], or [2^(bits+1)] of a trellis."""
     return torch.arange(2**bits).double() - 2 ** (bits - 1) if grid is None else grid.flatten().double()
+
+
+def level_index(codes: Tensor, trellis: bool) -> Tensor:
+    """int64 [N, K]: the level of each code. In a trellis the two codes before it in its block have a say."""
+    index = codes.long()
+    if not trellis:
+        return index
+    result = torch.empty_like(index)
+    for begin, end in outlier_blocks(codes.shape[1]):
+        state = torch.zeros(2, len(codes), dtype=torch.int64)  # low bits of the code before and of the one before that
+        for k in range(begin, end):
+            result[:, k] = 2 * (index[:, k] ^ state[1]) + state[0]
+            state = torch.stack([index[:, k] & 1, state[0]])
+    return result
+
+
+def trellis_quantize(
+    v: Tensor, dense: Tensor, t: Tensor, levels: Tensor, group_size: int, search: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Scales and codes by the rules of csrc/cpu/trellis-inl.h, in float32, each row for itself.
+
+    Args:
+        v: float32 [N, K], weights in units of the row scale.  dense: bool [N, K], false for outliers.
+        t: float32 [N, G], scale at which the extreme weight of a group meets the peak.  levels: float64 [2^(bits+1)].
+    Returns:
+        codes and e4m3 bits of the scales, uint8.
+    """
+    N, K = v.shape
+    f32, rows = np.float32, np.arange(N)
+    subsets = levels.numpy().astype(f32).reshape(-1, 4).T  # [4, 2^(bits-1)]
+    midpoints = (subsets[:, 1:] + subsets[:, :-1]) / f32(2)
+    values, starts = e4m3_values().numpy().astype(f32), {begin for begin, _ in outlier_blocks(K)}
+    x_all, weight = v.numpy(), dense.numpy().astype(f32)
+
+    def nearest(x: np.ndarray) -> np.ndarray:
+        """[N, 4]: the cell of x in each subset."""
+        return np.stack([(x[:, None] > midpoints[z]).sum(1) for z in range(4)], 1)
+
+    def inverse(scale: np.ndarray) -> np.ndarray:
+        return np.where(scale != 0, f32(1) / np.where(scale != 0, scale, f32(1)), f32(0)).astype(f32)
+
+    def extend(cost: np.ndarray, begin: int, end: int, scale: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Costs [N, 4] after columns [begin, end), and for each of them where its states came from: [N, 4] states."""
+        history = []
+        for k in range(begin, end):
+            origin = np.zeros((N, 4), np.int64)
+            if k in starts:
+                origin[:] = cost.argmin(1)[:, None]  # numpy's argmin is the first
+                cost = np.concatenate([cost.min(1, keepdims=True), np.full((N, 3), np.inf, f32)], 1)
+            cells = nearest(x_all[:, k] * inverse(scale))
+            near = np.stack([subsets[z][cells[:, z]] for z in range(4)], 1)
+            error = ((x_all[:, k, None] - scale[:, None] * near) * weight[:, k, None]) ** 2
+            following = np.empty((N, 4), f32)
+            for state in range(4):
+                bit, previous = state & 1, state >> 1
+                ways = []
+                for before in (0, 1):
+                    z = 2 * (bit ^ before) + previous
+                    ways.append(cost[:, previous + 2 * before] + error[:, z])
+                better = ways[1] < ways[0]
+                following[:, state] = np.where(better, ways[1], ways[0])
+                if k not in starts:
+                    origin[:, state] = previous + 2 * better
+            cost = following
+            history.append(origin)
+        return cost, history
+
+    cost, chosen, scales = np.zeros((N, 4), f32), np.zeros((N, t.shape[1]), np.int64), []
+    history: list[np.ndarray] = []
+    sign = (t.numpy() < 0) * 0x80
+    bounds = [(t.abs() * bound).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(int) for bound in search]
+    for g in range(t.shape[1]):
+        begin, end = g * group_size, min(K, (g + 1) * group_size)
+        cost = cost - cost.min(1, keepdims=True)
+        first = np.where(t[:, g] != 0, np.maximum(bounds[0][:, g], 1), 0)
+        last = np.where(t[:, g] != 0, np.maximum(bounds[1][:, g], first), 0)
+        best, kept, best_history = np.full(N, np.inf, f32), cost, []
+        for i in range(int((last - first).max()) + 1):
+            code = np.minimum(first + i, last) | np.where(t[:, g] != 0, sign[:, g], 0)
+            tried, paths = extend(cost, begin, end, values[code])
+            better = tried.min(1) < best if i else np.ones(N, bool)
+            best, chosen[:, g] = np.where(better, tried.min(1), best), np.where(better, code, chosen[:, g])
+            kept = np.where(better[:, None], tried, kept)
+            best_history = [
+                np.where(better[:, None], new, old) for new, old in zip(paths, best_history or paths, strict=True)
+            ]
+        cost = kept
+        history += best_history
+        scales.append(values[chosen[:, g]])
+    codes, state = np.zeros((N, K), np.uint8), cost.argmin(1)
+    for k in reversed(range(K)):
+        origin = history[k][rows, state]
+        bit, previous = state & 1, np.where(k in starts, 0, state >> 1)
+        before = np.where(k in starts, 0, origin >> 1)
+        cells = nearest(x_all[:, k] * inverse(scales[k // group_size]))
+        z1 = bit ^ before
+        codes[:, k] = (2 * cells[rows, 2 * z1 + previous] + z1) ^ before
+        state = origin
+    return torch.from_numpy(codes), torch.from_numpy(chosen.astype(np.uint8))
 
 
 def dequantize(
@@ -229,12 +342,13 @@ def dequantize(
     if outlier_mask is not None:
         salient = np.unpackbits(outlier_mask.numpy(), axis=1, bitorder="little")[:, :K].astype(bool)
         scales = torch.where(torch.from_numpy(salient), scale_values(outlier_scale)[:, columns], scales)
-    w = scales * levels_of(grid, bits)[unpack(packed, bits, K).long()]
+    levels = levels_of(grid, bits)
+    w = scales * levels[level_index(unpack(packed, bits, K), len(levels) == 2 ** (bits + 1))]
     if outlier_index is not None:
         for b, (begin, _) in enumerate(outlier_blocks(K)):
             for i in range(outlier_index.shape[2]):
                 k = begin + outlier_index[:, b, i].long()
-                w[torch.arange(len(w)), k] += OUTLIER_UNIT * outlier_value[:, b, i].double()
+                w[torch.arange(len(w)), k] += OUTLIER_UNIT * e4m3_values()[outlier_value[:, b, i].long()]
     return (row_scale.double()[:, None] * w.float().double()).float()
 
 

@@ -25,6 +25,10 @@ ALL_BITS = range(2, 9)
 # What a 16-level codebook for Gaussian groups looks like; asymmetric, so the sign of a scale matters.
 GRID_4 = [-127, -96, -75, -58, -44, -31, -20, -10, 0, 9, 19, 29, 41, 54, 70, 92]
 GRID_3 = [-127, -80, -45, -15, 12, 38, 68, 110]
+# Twice the levels, for a trellis.
+TRELLIS_4 = [-113, -100, -91, -84, -77, -70, -63, -56, -49, -42, -35, -28, -21, -15, -8, -1]
+TRELLIS_4 += [6, 13, 20, 26, 34, 41, 48, 55, 61, 68, 75, 82, 89, 97, 108, 127]
+TRELLIS_3 = [-106, -82, -68, -54, -41, -28, -16, -4, 8, 21, 33, 45, 59, 74, 91, 127]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -93,22 +97,24 @@ class Weight(NamedTuple):
         return 0 if self.outlier_index is None else self.outlier_index.shape[2]
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int, bool, bool, str]:
+    def numbers(self) -> tuple[int, int, int, int, int, int, bool, str]:
         """What ``unprepack`` and ``linear`` take after their tensors."""
         scale_dtype = "e4m3" if self.scale.dtype == torch.uint8 else "float16"
         split = self.outlier_mask is not None
-        return (len(self.packed), self.K, self.bits, self.group_size, self.c, self.grid is None, split, scale_dtype)
+        grid_size = 0 if self.grid is None else self.grid.numel()
+        return (len(self.packed), self.K, self.bits, self.group_size, self.c, grid_size, split, scale_dtype)
 
 
 def random_outliers(random: np.random.Generator, N: int, K: int, c: int) -> tuple[Tensor, Tensor]:
     """0 to c used entries per block, at strictly increasing positions; the rest 0."""
     blocks = reference.outlier_blocks(K)
-    index, value = np.zeros((N, len(blocks), c), np.uint8), np.zeros((N, len(blocks), c), np.float16)
+    index, value = np.zeros((N, len(blocks), c), np.uint8), np.zeros((N, len(blocks), c), np.uint8)
     for n in range(N):
         for b, (begin, end) in enumerate(blocks):
             used = random.integers(0, min(c, end - begin) + 1)
             index[n, b, :used] = np.sort(random.choice(end - begin, used, replace=False))
-            value[n, b, :used] = random.standard_normal(used)
+            # 1/16 to 4 in magnitude
+            value[n, b, :used] = random.integers(0x18, 0x48, used) | 0x80 * random.integers(0, 2, used)
     return torch.from_numpy(index), torch.from_numpy(value)
 
 
@@ -122,6 +128,7 @@ def random_weight(
     uniform: bool = False,
     split: bool = False,
     scale_dtype: str = "e4m3",
+    trellis: bool = False,
 ) -> Weight:
     """Any codes, scales of both signs (a few 0), any grid: more than the quantizer ever writes. W' is about 1."""
     random = np.random.default_rng(seed)
@@ -136,7 +143,9 @@ def random_weight(
 
     row_scale = 0.02 * np.exp(random.standard_normal(N)) * (16 if uniform and bits < 6 else 1)
     codes = torch.from_numpy(random.integers(0, 2**bits, (N, K), dtype=np.uint8))
-    grid = None if uniform else torch.from_numpy(np.sort(random.integers(-127, 128, (1, 2**bits)).astype(np.int8)))
+    size = 2 ** min(bits + trellis, 8)
+    levels = np.sort(random.integers(-127, 128, (1, size)).astype(np.int8))
+    grid = None if uniform else torch.from_numpy(levels)
     index, value = random_outliers(random, N, K, c) if c else (None, None)
     mask = torch.from_numpy(np.packbits(random.random((N, K)) < 0.1, axis=1, bitorder="little")) if split else None
     return Weight(
@@ -163,7 +172,8 @@ def random_case(seed: int, bits: int, c: int | None = None) -> Weight:
     split = c is None and random.random() < 0.1
     c = 0 if split else int(random.choice([0, 1, 2, 4])) if c is None else c
     scale_dtype = "float16" if split or random.random() < 0.2 else "e4m3"
-    return random_weight(seed, N, K, bits, group_size, c, bool(random.random() < 0.3), split, scale_dtype)
+    uniform, trellis = bool(random.random() < 0.3), bits < 8 and bool(random.random() < 0.5)
+    return random_weight(seed, N, K, bits, group_size, c, uniform, split, scale_dtype, trellis)
 
 
 class Recipe(NamedTuple):
@@ -177,6 +187,10 @@ class Recipe(NamedTuple):
     scale_dtype: str = "e4m3"
     symmetric: bool = False
     search: tuple[float, float] = (0.6, 1.1)
+
+    @property
+    def trellis(self) -> bool:
+        return self.grid is not None and self.grid.numel() == 2 ** (self.bits + 1)
 
     def quantize(self, w: Tensor) -> tuple[Tensor, ...]:
         return ops.quantize_groups(
@@ -218,7 +232,7 @@ def op_examples() -> dict[str, tuple[Any, ...]]:
         "spread_codes": (counts, -128.0, 128.0, grid),
         "kl_divergence": (counts, torch.flip(counts, [0]), 0.5),
         "fit_grid": (counts, -128.0, 128.0, grid, 0.1, 2),
-        "quantize_groups": (w.bfloat16(), grid, 4, 32, 2, 1e-4),
+        "quantize_groups": (w.bfloat16(), torch.tensor([TRELLIS_4], dtype=torch.int8), 4, 32, 2, 1e-4),
         "quantize_split": (w.half(), w.abs() > 0.05, 3, 32),
         "pack": (codes, 3),
         "unpack": (weight.packed, 3, 300),

@@ -46,6 +46,7 @@ def configs(draw: st.DrawFn) -> QuantizeConfig:
         "group_size": st.none() | st.just(-1) | st.integers(1, 1 << 20),
         "c": st.none() | st.integers(0, _C.MAX_CAPACITY if recipe == "precal" else 0),
         "grid": st.none() | st.sampled_from(grids),
+        "trellis": st.sampled_from([None, False]),
         "fit_rounds": st.integers(0, 100),
         "mu": st.integers(0, 5) | st.floats(0, allow_infinity=False),
         "alpha": st.floats(0, 1),
@@ -64,17 +65,25 @@ def configs(draw: st.DrawFn) -> QuantizeConfig:
 @pytest.mark.parametrize(
     ("recipe", "bits", "expected"),
     [
-        ("precal", 4, (64, 1, "fitted", "e4m3", False, False)),
-        ("precal", 3, (64, 1, "fitted", "e4m3", False, False)),
-        ("precal", 6, (64, 1, "fitted", "e4m3", False, False)),
-        ("precal", 7, (64, 1, "uniform", "e4m3", True, False)),
-        ("paper", 4, (128, 0, "uniform", "float16", True, True)),
-        ("rtn", 3, (128, 0, "uniform", "float16", True, False)),
+        ("precal", 4, (64, 1, "fitted", 32, "e4m3", False, False)),
+        ("precal", 3, (64, 1, "fitted", 16, "e4m3", False, False)),
+        ("precal", 6, (64, 1, "fitted", 128, "e4m3", False, False)),
+        ("precal", 7, (64, 1, "uniform", 0, "e4m3", True, False)),
+        ("paper", 4, (128, 0, "uniform", 0, "float16", True, True)),
+        ("rtn", 3, (128, 0, "uniform", 0, "float16", True, False)),
     ],
 )
 def test_defaults_of_the_recipe(recipe: str, bits: int, expected: tuple[Any, ...]) -> None:
     c = QuantizeConfig(recipe=recipe, bits=bits)
-    assert (c.group_size, c.c, c.grid, c.scale_dtype, c.uniform, c.split) == expected
+    assert (c.group_size, c.c, c.grid, c.grid_size, c.scale_dtype, c.uniform, c.split) == expected
+
+
+def test_a_trellis_goes_with_its_grid() -> None:
+    assert QuantizeConfig(trellis=False).grid_size == 16
+    mixed = QuantizeConfig(overrides={"a": {"bits": 6}, "b": {"grid": "uniform"}, "c": {"trellis": False}})
+    assert [mixed.for_module(name).grid_size for name in "abcd"] == [128, 0, 16, 32]
+    plain = QuantizeConfig(trellis=False, overrides={"a": {"bits": 3}, "b": {"bits": 3, "trellis": True}})
+    assert [plain.for_module(name).grid_size for name in "ab"] == [8, 16]
 
 
 def test_the_default_is_precal_at_four_bits() -> None:
@@ -95,6 +104,9 @@ def test_the_default_is_precal_at_four_bits() -> None:
         ({"recipe": "paper", "c": 1}, "c must be an integer from 0 to 0 for recipe paper, got 1"),
         ({"grid": "nf4"}, "grid must be one of fitted, constant, uniform for recipe precal at 4 bits, got 'nf4'"),
         ({"grid": "fitted", "bits": 7}, "grid must be one of uniform for recipe precal at 7 bits, got 'fitted'"),
+        ({"trellis": True, "grid": "uniform"}, "trellis must be false with a uniform grid, got True"),
+        ({"trellis": True, "bits": 7}, "trellis must be false with a uniform grid, got True"),
+        *[({"trellis": t}, f"trellis must be true or false, got {t!r}") for t in (1, "true", 0.0)],
         ({"grid": "fitted", "recipe": "rtn"}, "grid must be one of uniform for recipe rtn at 4 bits, got 'fitted'"),
         *[({"fit_rounds": r}, f"fit_rounds must be an integer from 0 to 100, got {r!r}") for r in (-1, 101, 1.0, None)],
         *[({"mu": m}, f"mu must be a finite number >= 0, got {m!r}") for m in (-1e-9, float("inf"), float("nan"), "0")],

@@ -18,6 +18,9 @@ FORMATS = [
     {},
     {"uniform": True},
     {"c": 1},
+    {"trellis": True},
+    {"c": 2, "trellis": True},
+    {"split": True, "trellis": True},
     {"c": 4, "uniform": True},
     {"c": 16, "scale_dtype": "float16"},
     {"split": True, "scale_dtype": "float16", "uniform": True},
@@ -97,9 +100,9 @@ def test_uniform_is_the_grid_of_offsets(isa: str) -> None:
 def test_outliers_add_to_the_dense_value(isa: str) -> None:
     weight = shapes.random_weight(0, 1, 600, 4, 64)
     dense = ops.dequantize(*weight)
-    index, value = torch.zeros(1, 3, 2, dtype=torch.uint8), torch.zeros(1, 3, 2, dtype=torch.float16)
+    index, value = torch.zeros(1, 3, 2, dtype=torch.uint8), torch.zeros(1, 3, 2, dtype=torch.uint8)
     index[0, 1] = torch.tensor([0, 255])
-    value[0, 1] = torch.tensor([0.5, -2.0])
+    value[0, 1] = torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn).view(torch.uint8)
     difference = ops.dequantize(*weight._replace(outlier_index=index, outlier_value=value)) - dense
     assert difference.nonzero()[:, 1].tolist() == [256, 511]
     want = torch.tensor([0.5, -2.0]) * reference.OUTLIER_UNIT * weight.row_scale.float()
@@ -164,7 +167,11 @@ SPLIT = shapes.random_weight(0, 5, 300, 4, 64, split=True)
         (GRID._replace(row_scale=GRID.row_scale.half()), TypeError, "row_scale must have dtype bfloat16, got float16"),
         (GRID._replace(row_scale=GRID.row_scale[:4]), ValueError, "row_scale must be [5] (N), got [4]"),
         (GRID._replace(grid=GRID.grid.int()), TypeError, "grid must have dtype int8, got int32"),
-        (GRID._replace(grid=GRID.grid[:, :8].clone()), ValueError, "grid must be [1, 16] (1, 2^bits), got [1, 8]"),
+        (
+            GRID._replace(grid=GRID.grid[:, :8].clone()),
+            ValueError,
+            "grid must be [1, 16] (1, 2^bits), or [1, 32] for a trellis of 2 to 7 bits, got [1, 8]",
+        ),
         (GRID._replace(outlier_value=None), ValueError, "outlier_index and outlier_value must be given together"),
         (GRID._replace(outlier_index=GRID.outlier_index.int()), TypeError, "outlier_index must have dtype uint8"),
         (
@@ -172,7 +179,7 @@ SPLIT = shapes.random_weight(0, 5, 300, 4, 64, split=True)
             ValueError,
             "outlier_index must be [5, 2, 2] (N",
         ),
-        (GRID._replace(outlier_value=GRID.outlier_value.float()), TypeError, "outlier_value must have dtype float16"),
+        (GRID._replace(outlier_value=GRID.outlier_value.float()), TypeError, "outlier_value must have dtype uint8"),
         (
             GRID._replace(outlier_index=torch.zeros(5, 2, 17, dtype=torch.uint8)),
             ValueError,

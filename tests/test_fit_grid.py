@@ -128,6 +128,36 @@ def test_all_mass_at_zero() -> None:
     assert (got.int().diff() >= 0).all()
 
 
+# ---- a histogram by code ---------------------------------------------------------------------------------------------
+
+
+def test_levels_move_to_the_means_of_their_codes() -> None:
+    # over [-4, 4]: bin centres -3.5 ... 3.5; means -3, 0 (nothing there: it stays), 2; stretched by 127 / 3
+    counts = torch.tensor([[1, 1, 0, 0, 0, 0, 0, 0], [0] * 8, [0, 0, 0, 0, 1, 0, 0, 1]])
+    assert ops.fit_grid(counts, -4.0, 4.0, levels(-2, 0, 3)).tolist() == [-127, 0, 85]
+
+
+@pytest.mark.parametrize("bits", STARTS)
+def test_given_the_nearest_codes_it_is_a_step_of_lloyd(bits: int) -> None:
+    grid = levels(*STARTS[bits])
+    counts = HISTOGRAMS["gaussian"]
+    cells = torch.from_numpy(reference.cell_of_bin(len(counts), LO, HI, grid))
+    by_code = torch.zeros(grid.numel(), len(counts), dtype=torch.int64)
+    by_code[cells, torch.arange(len(counts))] = counts
+    centres = LO + (torch.arange(len(counts)).double() + 0.5) * ((HI - LO) / len(counts))
+    mass = by_code.sum(1)
+    means = torch.where(mass > 0, (by_code * centres).sum(1) / mass.clamp(min=1), grid.flatten().double())
+    want = torch.floor(means.sort().values / means.abs().max() * 127 + 0.5)
+    assert torch.equal(ops.fit_grid(by_code, LO, HI, grid).flatten().double(), want)
+
+
+def test_nothing_by_code_returns_the_grid() -> None:
+    grid = levels(-5, 1, 9)
+    assert torch.equal(ops.fit_grid(torch.zeros(3, 10, dtype=torch.int64), -1.0, 1.0, grid), grid)
+    counts = torch.ones(3, 10, dtype=torch.int64)
+    assert torch.equal(ops.fit_grid(counts, -1.0, 1.0, grid, 0.0, 0), grid)
+
+
 COUNTS, GRID = torch.tensor([1, 2, 3]), levels(-3, 4)
 
 
@@ -143,7 +173,7 @@ COUNTS, GRID = torch.tensor([1, 2, 3]), levels(-3, 4)
         (
             lambda: ops.fit_grid(COUNTS[None], 0, 1, GRID),
             ValueError,
-            "counts must be [bins] with 1 <= bins <= 2^24, got [1, 3]",
+            "counts must be [bins] or [levels, bins] with at most 2^24 in all, got [1, 3]",
         ),
         (lambda: ops.fit_grid(COUNTS[::2], 0, 1, GRID), ValueError, "counts must be contiguous"),
         (lambda: ops.fit_grid(COUNTS, 1, 0, GRID), ValueError, "lo and hi must be finite with lo < hi, got [1, 0]"),

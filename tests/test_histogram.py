@@ -117,6 +117,19 @@ except ValueError as error:
     assert done.returncode == 0, done.stderr[-500:]
 
 
+@pytest.mark.parametrize("num_labels", [1, 3, 256])
+def test_histogram_by_label(isa: str, num_labels: int) -> None:
+    w, random = shapes.student_t(17, 300), shapes.generator(1)
+    label = torch.randint(0, num_labels, (17, 300), generator=random, dtype=torch.uint8)
+    divisor, weight = torch.rand(17, 5, generator=random) + 0.5, torch.randint(0, 4, (17, 5), generator=random)
+    arguments = (50, -0.0625, 0.0625, divisor, weight, 64)
+    got, outside = ops.histogram(w, *arguments, label, num_labels)
+    want, want_outside = reference.histogram(w, *arguments, label, num_labels)
+    assert torch.equal(got, want)
+    assert torch.equal(outside, want_outside)
+    assert torch.equal(got.sum(0), ops.histogram(w, *arguments)[0])
+
+
 # ---- spread_codes ----------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +149,13 @@ def test_spread_codes_is_flat_in_every_cell() -> None:
     # levels 2 and 6 over [0, 8]: the cut is at 4; the cells end at the outermost occupied bins
     got = ops.spread_codes(counts, 0.0, 8.0, torch.tensor([2, 6], dtype=torch.int8))
     assert got.tolist() == [0, 2, 2, 2, 2, 2, 2, 0]
+
+
+def test_spread_codes_by_code() -> None:
+    counts = torch.tensor([[1, 0, 3, 0], [0, 2, 0, 0], [0, 0, 0, 0]])
+    got = ops.spread_codes(counts, 0.0, 4.0, torch.tensor([0, 1, 3], dtype=torch.int8))
+    assert got.tolist() == [4 / 3, 4 / 3 + 2, 4 / 3, 0]
+    assert torch.equal(got, reference.spread_codes(counts, 0.0, 4.0, GRID))
 
 
 def test_spread_codes_of_nothing_is_nothing() -> None:
@@ -222,13 +242,34 @@ COUNTS = torch.tensor([1, 2, 3])
         ),
         (lambda: ops.histogram(W, 4, 0, 1, None, W), TypeError, "weight must have dtype int64, got float32"),
         (lambda: ops.histogram(W, 4, 0, 1, None, COUNTS), ValueError, "weight must be [4, 1] (N, ceil(K/group_size))"),
+        (lambda: ops.histogram(W, 4, 0, 1, label=W), TypeError, "label must have dtype uint8, got float32"),
+        (lambda: ops.histogram(W, 4, 0, 1, num_labels=2), ValueError, "num_labels must be 1 without label, got 2"),
+        (
+            lambda: ops.histogram(W, 4, 0, 1, label=W[1:].byte()),
+            ValueError,
+            "label must be [4, 10] (N, K), got [3, 10]",
+        ),
+        (
+            lambda: ops.histogram(W, 4, 0, 1, label=torch.full((4, 10), 2, dtype=torch.uint8), num_labels=2),
+            ValueError,
+            "label must be below num_labels = 2, got a larger one",
+        ),
+        (
+            lambda: ops.histogram(W, 4, 0, 1, label=W.byte(), num_labels=257),
+            ValueError,
+            "num_labels must lie in [1, 256] with at most 2^24 bins in all, got 257",
+        ),
         (lambda: ops.spread_codes(COUNTS.int(), 0, 1, GRID), TypeError, "spread_codes: counts must have dtype int64"),
         (
             lambda: ops.spread_codes(COUNTS[None], 0, 1, GRID),
             ValueError,
-            "counts must be [bins] with 1 <= bins <= 2^24",
+            "counts must be [bins] or [levels, bins] with at most 2^24 in all",
         ),
-        (lambda: ops.spread_codes(COUNTS[:0], 0, 1, GRID), ValueError, "counts must be [bins] with 1 <= bins <= 2^24"),
+        (
+            lambda: ops.spread_codes(COUNTS[:0], 0, 1, GRID),
+            ValueError,
+            "counts must be [bins] or [levels, bins] with at most 2^24 in all",
+        ),
         (lambda: ops.spread_codes(COUNTS, 1, 0, GRID), ValueError, "lo and hi must be finite with lo < hi, got [1, 0]"),
         (lambda: ops.spread_codes(COUNTS, 0, 1, GRID.int()), TypeError, "grid must have dtype int8, got int32"),
         (lambda: ops.spread_codes(COUNTS, 0, 1, GRID[:, ::2]), ValueError, "grid must be contiguous"),

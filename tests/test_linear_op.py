@@ -58,7 +58,7 @@ def test_random_shapes(isa: str, bits: int, chunk: int) -> None:
 @pytest.mark.parametrize(("N", "K"), shapes.TAIL_SHAPES)
 def test_tails(bits: int, N: int, K: int) -> None:
     for c in (0, 1, 2, 4):
-        weight = shapes.random_weight(c, N, K, bits, 64, c)
+        weight = shapes.random_weight(c, N, K, bits, 64, c, trellis=c % 2 == 1)
         w, x = ops.dequantize(*weight), activations(3, K)
         for isa in ISAS:
             with forced_isa(isa):
@@ -144,7 +144,7 @@ def test_no_outliers_is_the_same_as_unused_entries(isa: str, bits: int) -> None:
     weight = shapes.random_weight(0, 33, 600, bits, 64)
     unused = weight._replace(
         outlier_index=torch.zeros(33, 3, 2, dtype=torch.uint8),
-        outlier_value=torch.zeros(33, 3, 2, dtype=torch.float16),
+        outlier_value=torch.zeros(33, 3, 2, dtype=torch.uint8),
     )
     x = activations(5, 600)
     assert torch.equal(linear(x, weight), linear(x, unused))
@@ -161,7 +161,9 @@ def test_a_unit_vector_reads_a_column(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
-@pytest.mark.parametrize("form", [{"c": 2}, {"uniform": True}, {"split": True, "scale_dtype": "float16"}])
+@pytest.mark.parametrize(
+    "form", [{"c": 2, "trellis": True}, {"uniform": True}, {"split": True, "scale_dtype": "float16"}]
+)
 def test_gradients(dtype: torch.dtype, lead: tuple[int, ...], form: dict) -> None:
     weight = shapes.random_weight(0, 17, 172, 4, 64, **form)
     w = ops.dequantize(*weight)

@@ -18,11 +18,12 @@ from precal_ext.measure import kl_nats, measure, outlier_mask, sqnr_db
 CONFIGS = [
     QuantizeConfig(),
     QuantizeConfig(bits=3, c=4, group_size=32),
+    QuantizeConfig(bits=3, trellis=False),
     QuantizeConfig(c=0, grid="uniform"),
     QuantizeConfig(recipe="paper"),
     QuantizeConfig(recipe="rtn", bits=3),
 ]
-IDS = ["precal", "precal c=4", "uniform", "paper", "rtn"]
+IDS = ["precal", "precal c=4", "precal plain", "uniform", "paper", "rtn"]
 
 
 # ---- SQNR ------------------------------------------------------------------------------------------------------------
@@ -127,10 +128,11 @@ def test_kl_of_weights_spread_evenly_over_their_cells_is_the_bias_alone() -> Non
 
 
 def test_kl_grows_with_coarser_grids() -> None:
-    w = gaussian(256, 256)
-    found = [kl_nats(w, quantize(w, QuantizeConfig(bits=bits))) for bits in (6, 5, 4, 3, 2)]
-    assert found == sorted(found)
-    assert found[-1] > 10 * found[0]
+    w = gaussian(256, 1024)
+    for trellis, factor in ((False, 10), (True, 5)):
+        found = [kl_nats(w, quantize(w, QuantizeConfig(bits=bits, trellis=trellis))) for bits in (6, 5, 4, 3, 2)]
+        assert found == sorted(found)
+        assert found[-1] > factor * found[0]
 
 
 def test_kl_does_not_see_outliers() -> None:
@@ -163,7 +165,10 @@ def test_kl_is_the_estimator_of_the_docstring(config: QuantizeConfig, shape: tup
         mask = None
     x = w / units
     keep = units != 0 if mask is None else (units != 0) & ~mask
-    counts, _ = reference.histogram(x[keep][None], bins, -half, half)
+    index = reference.level_index(reference.unpack(t["weight_packed"], spec.bits, spec.K), spec.trellis)
+    label, count = (index[keep][None], spec.grid_size) if spec.trellis else (None, 1)
+    counts, _ = reference.histogram(x[keep][None], bins, -half, half, label=label, num_labels=count)
     levels = reference.levels_of(t.get("weight_grid"), spec.bits).clamp(min=-127).to(torch.int8)
-    expected = reference.kl_divergence(counts, reference.spread_codes(counts, -half, half, levels))
+    p = counts.sum(0) if spec.trellis else counts
+    expected = reference.kl_divergence(p, reference.spread_codes(counts, -half, half, levels))
     assert kl_nats(w, q) == pytest.approx(expected, rel=1e-9, abs=1e-12)

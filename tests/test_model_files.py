@@ -40,6 +40,7 @@ def test_config_json_keeps_every_field_and_gains_one(tiny_quantized: Path, tiny:
         "group_size": 64,
         "c": 1,
         "grid": "fitted",
+        "trellis": True,
         "modules_to_not_convert": ["lm_head"],
         "module_overrides": {},
     }

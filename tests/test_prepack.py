@@ -36,11 +36,11 @@ def assert_inverse(weight: Weight) -> None:
 
 @pytest.mark.parametrize("bits", shapes.ALL_BITS)
 @pytest.mark.parametrize("c", [0, 1, 2, 4, 16])
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"uniform": True}, {"trellis": True}], ids=["plain", "uniform", "trellis"])
 @pytest.mark.parametrize("scale_dtype", ["e4m3", "float16"])
-def test_unprepack_inverts_prepack(bits: int, c: int, uniform: bool, scale_dtype: str) -> None:
+def test_unprepack_inverts_prepack(bits: int, c: int, kind: dict[str, bool], scale_dtype: str) -> None:
     for N, K in shapes.TAIL_SHAPES[(c + bits) % 2 :: 2]:
-        assert_inverse(shapes.random_weight(K, N, K, bits, [32, 100][K % 2], c, uniform, False, scale_dtype))
+        assert_inverse(shapes.random_weight(K, N, K, bits, [32, 100][K % 2], c, scale_dtype=scale_dtype, **kind))
 
 
 @pytest.mark.parametrize("bits", shapes.ALL_BITS)
@@ -84,7 +84,7 @@ def test_bytes_depend_on_neither_isa_nor_threads() -> None:
 WEIGHT = shapes.random_weight(0, 17, 300, 4, 64, c=1)
 PREPACKED = ops.prepack(*WEIGHT)
 NUMBERS = dict(
-    zip(["N", "K", "bits", "group_size", "c", "uniform", "split", "scale_dtype"], WEIGHT.numbers, strict=True)
+    zip(["N", "K", "bits", "group_size", "c", "grid_size", "split", "scale_dtype"], WEIGHT.numbers, strict=True)
 )
 
 
@@ -114,7 +114,7 @@ def call(name: str, prepacked: Tensor, **changes) -> None:
             ValueError,
             f"prepacked must be [{len(PREPACKED)}] bytes for N=17, K=300, bits=4, group_size=64",
         ),
-        (PREPACKED[:0], {}, ValueError, "bytes for N=17, K=300, bits=4, group_size=64, c=1, got [0]"),
+        (PREPACKED[:0], {}, ValueError, "bytes for N=17, K=300, bits=4, group_size=64, c=1, grid_size=16, got [0]"),
         (PREPACKED[None], {}, ValueError, f"got [1, {len(PREPACKED)}]"),
         (PREPACKED, {"N": 33}, ValueError, "bytes for N=33, K=300"),
         (PREPACKED, {"K": 400}, ValueError, "bytes for N=17, K=400"),
@@ -127,17 +127,19 @@ def call(name: str, prepacked: Tensor, **changes) -> None:
         (PREPACKED, {"c": 17}, ValueError, "c must lie in [0, 16], got 17"),
         (PREPACKED, {"c": -1}, ValueError, "c must lie in [0, 16], got -1"),
         (PREPACKED, {"scale_dtype": "bf16"}, ValueError, "scale_dtype must be e4m3 or float16, got bf16"),
+        (PREPACKED, {"grid_size": 8}, ValueError, "grid_size must be 0 (uniform), 2^bits or, for a trellis of 2 to 7"),
+        (PREPACKED, {"grid_size": 32}, ValueError, "prepacked must come from prepack() with the same"),
         # the same size, another meaning: only the header can tell
         (
             PREPACKED,
             {"N": 18},
             ValueError,
-            "prepacked must come from prepack() with the same N, K, bits, group_size and c",
+            "prepacked must come from prepack() with the same N, K, bits, group_size, c and grid_size",
         ),
-        (PREPACKED, {"uniform": True}, ValueError, "prepacked must come from prepack() with the same"),
+        (PREPACKED, {"grid_size": 0}, ValueError, "prepacked must come from prepack() with the same"),
         (PREPACKED, {"group_size": 65}, ValueError, "prepacked must come from prepack() with the same"),
         (torch.zeros_like(PREPACKED), {}, ValueError, "prepacked must come from prepack()"),
-        *[(flipped(byte), {}, ValueError, "its header says otherwise") for byte in (0, 4, 6, 7, 8, 16, 24, 32, 40)],
+        *[(flipped(byte), {}, ValueError, "its header says otherwise") for byte in (0, 4, 6, 7, 8, 16, 24, 32, 36, 40)],
     ],
 )
 def test_errors(name: str, prepacked: Tensor, changes: dict, error: type[Exception], message: str) -> None:
@@ -146,7 +148,7 @@ def test_errors(name: str, prepacked: Tensor, changes: dict, error: type[Excepti
 
 
 CALLS_WITH_GROUP_SIZE_0 = {
-    "_C.prepacked_bytes": "_C.prepacked_bytes(1, 1, 4, 0, 0, True, False, 'e4m3')",
+    "_C.prepacked_bytes": "_C.prepacked_bytes(1, 1, 4, 0, 0, 0, False, 'e4m3')",
     "fake": """
 packed = torch.empty(4, 1, dtype=torch.int32, device="meta")
 scale = torch.empty(4, 1, dtype=torch.uint8, device="meta")

@@ -112,7 +112,7 @@ def test_a_set_has_one_grid_fitted_on_all_of_its_weights(weights: list[Tensor]) 
     alone, both = fit_set_grid([first], config), fit_set_grid([first, second], config)
     assert alone is not None
     assert both is not None
-    assert both.shape == (1, 16)
+    assert both.shape == (1, 32)
     assert not torch.equal(alone, both)
     assert torch.equal(both, fit_set_grid([second, first], config))  # a sum does not depend on its order
     for w in (first, second):
@@ -125,9 +125,9 @@ def test_a_set_has_one_grid_fitted_on_all_of_its_weights(weights: list[Tensor]) 
         (QuantizeConfig(recipe="rtn"), None),
         (QuantizeConfig(recipe="paper"), None),
         (QuantizeConfig(bits=8), None),
-        (QuantizeConfig(grid="constant"), constant_grid(4, 64)),
-        (QuantizeConfig(fit_rounds=0), constant_grid(4, 64)),
-        (QuantizeConfig(bits=3, grid="constant", group_size=-1), constant_grid(3, 256)),
+        (QuantizeConfig(grid="constant"), constant_grid(4, 64, True)),
+        (QuantizeConfig(fit_rounds=0, trellis=False), constant_grid(4, 64, False)),
+        (QuantizeConfig(bits=3, grid="constant", group_size=-1), constant_grid(3, 256, True)),
     ],
     ids=["rtn", "paper", "8 bits", "constant", "no rounds", "whole rows"],
 )
@@ -136,8 +136,21 @@ def test_grids_that_are_not_fitted(config: QuantizeConfig, expected: Tensor | No
     assert found is None if expected is None else torch.equal(found, expected)
 
 
+def test_of_the_grids_on_the_way_the_best_is_taken() -> None:
+    """Squared error + mu * KL, both measured on the weights themselves."""
+    w = (torch.rand(256, 512, generator=generator(3)) - 0.5) * 0.1  # evenly spread: the Gaussian start is a bad one
+    costs = []
+    for rounds in (0, 1, 2, 4):
+        config = QuantizeConfig(c=0, fit_rounds=rounds)
+        q = quantize_weight(w, config, fit_set_grid([w], config))
+        figures = measure(w, q)
+        costs.append(figures.noise / figures.power + config.mu * figures.kl_nats)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.85 * costs[0]
+
+
 def test_a_set_without_mass_keeps_the_starting_grid() -> None:
-    assert torch.equal(fit_set_grid([torch.zeros(4, 64)], QuantizeConfig()), constant_grid(4, 64))
+    assert torch.equal(fit_set_grid([torch.zeros(4, 64)], QuantizeConfig()), constant_grid(4, 64, True))
 
 
 @pytest.mark.parametrize(("N", "limit", "rows"), [(10, 640, 10), (10, 639, 9), (10, 64, 1), (10, 1, 1), (1, 1, 1)])
@@ -148,7 +161,8 @@ def test_sampled_rows_are_evenly_spaced(N: int, limit: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [QuantizeConfig(), QuantizeConfig(bits=3, c=2, mu=0.01), QuantizeConfig(recipe="paper")]
+    "config",
+    [QuantizeConfig(), QuantizeConfig(bits=3, c=2, mu=0.01, trellis=False), QuantizeConfig(recipe="paper")],
 )
 def test_the_same_bytes_on_one_thread_and_on_two(weights: list[Tensor], config: QuantizeConfig) -> None:
     made = []
@@ -272,11 +286,12 @@ def test_the_loop_refuses(arguments: tuple, message: str) -> None:
         shrink_lam(torch.tensor([[1.0, 0.1, 0.01]]), *arguments)
 
 
+@pytest.mark.parametrize("trellis", [False, True])
 @pytest.mark.parametrize("shape", [(600, 1024), (1, 100_003)])
-def test_figures_and_grids_do_not_depend_on_threads(shape: tuple[int, int]) -> None:
+def test_figures_and_grids_do_not_depend_on_threads(shape: tuple[int, int], trellis: bool) -> None:
     """Large enough that torch would split its own sums over threads."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(5)).pow(3)
-    config = QuantizeConfig(group_size=8)
+    config = QuantizeConfig(group_size=8, trellis=trellis)
     found = []
     for threads in (1, 2, 4):
         with forced_threads(threads):

@@ -105,15 +105,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bits"));
   m.def(
       "prepacked_bytes",
-      [](int64_t N, int64_t K, int bits, int64_t group_size, int c, bool uniform, bool split,
+      [](int64_t N, int64_t K, int bits, int64_t group_size, int c, int grid_size, bool split,
          const std::string& scale_dtype) {
         // As strict as prepack itself: fakes come here with whatever they were given.
         constexpr int64_t kLimit = int64_t(1) << 30;
         if (N < 0 || N > kLimit || K < 0 || K > kLimit || group_size < 1 || group_size > kLimit || bits < 2 ||
-            bits > 8 || c < 0 || c > format::kMaxCapacity) {
+            bits > 8 || c < 0 || c > format::kMaxCapacity || !format::grid_size_fits(grid_size, bits)) {
           throw py::value_error(
               concat("prepacked_bytes: N and K must lie in [0, 2^30], group_size in [1, 2^30], bits in ",
-                     "[2, 8], c in [0, 16], got ", N, ", ", K, ", ", group_size, ", ", bits, ", ", c));
+                     "[2, 8], c in [0, 16], grid_size 0, 2^bits or 2^(bits+1), got ", N, ", ", K, ", ", group_size,
+                     ", ", bits, ", ", c, ", ", grid_size));
         }
         format::WeightFormat f;
         f.N = N;
@@ -121,12 +122,12 @@ PYBIND11_MODULE(_C, m) {
         f.bits = bits;
         f.group_size = group_size;
         f.c = c;
-        f.uniform = uniform;
+        f.grid_size = grid_size;
         f.split = split;
         f.scale_type = scale_dtype == "float16" ? format::ScaleType::kFloat16 : format::ScaleType::kE4m3;
         return format::tile_layout(f).total_bytes;
       },
-      py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"), py::arg("uniform"),
+      py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"), py::arg("grid_size"),
       py::arg("split"), py::arg("scale_dtype"));
   m.attr("FORMAT_VERSION") = format::kFormatVersion;
   m.attr("OUTLIER_UNIT") = format::kOutlierUnit;
@@ -162,13 +163,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "histogram",
       [](const py::object& w, int64_t num_bins, double lo, double hi, const py::object& divisor,
-         const py::object& weight, int64_t group_size) {
+         const py::object& weight, int64_t group_size, const py::object& label, int64_t num_labels) {
         const Borrowed a = borrow_cpu("w", w), b = borrow_optional("divisor", divisor),
-                       c = borrow_optional("weight", weight);
-        return execute(cpu::Histogram{a.view, num_bins, lo, hi, b.view, c.view, group_size});
+                       c = borrow_optional("weight", weight), d = borrow_optional("label", label);
+        return execute(cpu::Histogram{a.view, num_bins, lo, hi, b.view, c.view, group_size, d.view, num_labels});
       },
       py::arg("w"), py::arg("num_bins"), py::arg("lo"), py::arg("hi"), py::arg("divisor") = py::none(),
-      py::arg("weight") = py::none(), py::arg("group_size") = 128);
+      py::arg("weight") = py::none(), py::arg("group_size") = 128, py::arg("label") = py::none(),
+      py::arg("num_labels") = 1);
   m.def(
       "spread_codes",
       [](const py::object& counts, double lo, double hi, const py::object& grid) {
@@ -249,25 +251,25 @@ PYBIND11_MODULE(_C, m) {
       py::arg("group_size"));
   m.def(
       "unprepack",
-      [](const py::object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, bool uniform,
-         bool split, const std::string& scale_dtype) {
+      [](const py::object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c,
+         int64_t grid_size, bool split, const std::string& scale_dtype) {
         const Borrowed a = borrow_cpu("prepacked", prepacked);
         return execute(
-            cpu::Unprepack{cpu::PrepackedWeight{a.view, N, K, bits, group_size, c, uniform, split, scale_dtype}});
+            cpu::Unprepack{cpu::PrepackedWeight{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}});
       },
       py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
-      py::arg("uniform"), py::arg("split"), py::arg("scale_dtype"));
+      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"));
   m.def(
       "linear",
       [](const py::object& x, const py::object& prepacked, const py::object& bias, int64_t N, int64_t K, int64_t bits,
-         int64_t group_size, int64_t c, bool uniform, bool split, const std::string& scale_dtype) {
+         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype) {
         const Borrowed a = borrow_cpu("x", x), b = borrow_cpu("prepacked", prepacked),
                        d = borrow_optional("bias", bias);
         return execute(cpu::Linear{
-            a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, uniform, split, scale_dtype}, d.view});
+            a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}, d.view});
       },
       py::arg("x"), py::arg("prepacked"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("bits"),
-      py::arg("group_size"), py::arg("c"), py::arg("uniform"), py::arg("split"), py::arg("scale_dtype"));
+      py::arg("group_size"), py::arg("c"), py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"));
 }
 
 }  // namespace

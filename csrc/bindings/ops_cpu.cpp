@@ -44,9 +44,10 @@ Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int6
 }
 
 std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
-                                     MaybeTensor weight, int64_t group_size) {
-  return execute_tuple(
-      cpu::Histogram{view("w", w), num_bins, lo, hi, view("divisor", divisor), view("weight", weight), group_size}, w);
+                                     MaybeTensor weight, int64_t group_size, MaybeTensor label, int64_t num_labels) {
+  return execute_tuple(cpu::Histogram{view("w", w), num_bins, lo, hi, view("divisor", divisor), view("weight", weight),
+                                      group_size, view("label", label), num_labels},
+                       w);
 }
 
 Tensor spread_codes(const Tensor& counts, double lo, double hi, const Tensor& grid) {
@@ -117,22 +118,22 @@ Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scal
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t N,
                                                                                      int64_t K, int64_t bits,
                                                                                      int64_t group_size, int64_t c,
-                                                                                     bool uniform, bool split,
+                                                                                     int64_t grid_size, bool split,
                                                                                      std::string scale_dtype) {
-  return execute_tuple(cpu::Unprepack{PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, uniform,
-                                                      split, scale_dtype}},
+  return execute_tuple(cpu::Unprepack{PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c,
+                                                      grid_size, split, scale_dtype}},
                        prepacked);
 }
 
 // x may be strided: activations often are, and a copy of them is small beside the weight.
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
-              int64_t group_size, int64_t c, bool uniform, bool split, std::string scale_dtype) {
+              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype) {
   const Tensor rows = torch::stable::contiguous(x);
-  return execute(
-      cpu::Linear{view("x", rows),
-                  PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, uniform, split, scale_dtype},
-                  view("bias", bias)},
-      x)[0];
+  return execute(cpu::Linear{view("x", rows),
+                             PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split,
+                                             scale_dtype},
+                             view("bias", bias)},
+                 x)[0];
 }
 
 }  // namespace

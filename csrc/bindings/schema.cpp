@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(precal, m) {
   // histograms and grids
   m.def(
       "histogram(Tensor w, int num_bins, float lo, float hi, Tensor? divisor=None, Tensor? weight=None,"
-      " int group_size=128) -> (Tensor counts, Tensor outside)");
+      " int group_size=128, Tensor? label=None, int num_labels=1) -> (Tensor counts, Tensor outside)");
   m.def("spread_codes(Tensor counts, float lo, float hi, Tensor grid) -> Tensor");
   m.def("kl_divergence(Tensor p, Tensor q, float smoothing=0.0) -> Tensor");
   m.def("fit_grid(Tensor counts, float lo, float hi, Tensor grid, float mu=0.0, int rounds=1) -> Tensor");
@@ -38,10 +38,10 @@ STABLE_TORCH_LIBRARY(precal, m) {
       " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size)"
       " -> Tensor");
   m.def(
-      "unprepack(Tensor prepacked, int N, int K, int bits, int group_size, int c, bool uniform, bool split,"
+      "unprepack(Tensor prepacked, int N, int K, int bits, int group_size, int c, int grid_size, bool split,"
       " str scale_dtype) -> (Tensor packed, Tensor scale, Tensor row_scale, Tensor grid, Tensor outlier_index,"
       " Tensor outlier_value, Tensor outlier_scale, Tensor outlier_mask)");
   m.def(
-      "linear(Tensor x, Tensor prepacked, Tensor? bias, int N, int K, int bits, int group_size, int c, bool uniform,"
+      "linear(Tensor x, Tensor prepacked, Tensor? bias, int N, int K, int bits, int group_size, int c, int grid_size,"
       " bool split, str scale_dtype) -> Tensor");
 }

@@ -17,7 +17,7 @@ PRECAL_INLINE int64_t find_bin(double x, double lo, double h, int64_t num_bins) 
   return bin;
 }
 
-static void histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_end, int64_t* counts,
+static bool histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_end, int64_t* counts,
                       int64_t* outside) {
   const double h = (args.hi - args.lo) / double(args.num_bins);
   for (int64_t n = row_begin; n < row_end; ++n) {
@@ -30,14 +30,17 @@ static void histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_
       const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
       for (int64_t k = begin; k < end; ++k) {
         const double x = double(load_element(args.w, args.dtype, n * args.K + k) / divisor);
+        const int64_t label = args.label ? args.label[n * args.K + k] : 0;
+        if (label >= args.num_labels) return false;
         if (x >= args.lo && x <= args.hi) {
-          counts[find_bin(x, args.lo, h, args.num_bins)] += mass;
+          counts[label * args.num_bins + find_bin(x, args.lo, h, args.num_bins)] += mass;
         } else {
           outside[x < args.lo ? 0 : x > args.hi ? 1 : 2] += mass;
         }
       }
     }
   }
+  return true;
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

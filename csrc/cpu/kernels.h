@@ -35,24 +35,26 @@ struct HistogramArgs {
   const int64_t* weight;  // [N, G] or nullptr: 1
   int64_t num_bins;
   double lo, hi;
+  const uint8_t* label;  // [N, K] below num_labels, or nullptr: 0
+  int64_t num_labels;
 };
 
 struct QuantizeArgs {
   const void* w;  // [N, K] dtype
   DType dtype;
   format::WeightFormat format;
-  const float* levels;  // [2^bits], non-decreasing
+  const float* levels;  // [2^bits], or [2^(bits+1)] for a trellis; non-decreasing
   bool symmetric;       // min-max on |w|: the top level meets the largest magnitude, scales are positive
   double lam;           // outliers have w^2 > lam
   float search_lo, search_hi;
-  uint8_t* codes;           // [N, K]
-  void* scale;              // [N, G]
-  uint16_t* row_scale;      // [N] bfloat16
-  uint8_t* outlier_index;   // [N, B, c]
-  uint16_t* outlier_value;  // [N, B, c] float16
-  const uint8_t* salient;   // split: [N, K] bool
-  void* outlier_scale;      // split: [N, G]
-  uint8_t* mask;            // split: [N, ceil(K/8)]
+  uint8_t* codes;          // [N, K]
+  void* scale;             // [N, G]
+  uint16_t* row_scale;     // [N] bfloat16
+  uint8_t* outlier_index;  // [N, B, c]
+  uint8_t* outlier_value;  // [N, B, c] e4m3
+  const uint8_t* salient;  // split: [N, K] bool
+  void* outlier_scale;     // split: [N, G]
+  uint8_t* mask;           // split: [N, ceil(K/8)]
 };
 
 // Floats that a group takes in scratch: whole vectors, and no more than a row when group_size exceeds K.
@@ -60,10 +62,18 @@ PRECAL_INLINE int64_t padded_group(const format::WeightFormat& f) {
   return round_up(f.group_size < f.K ? f.group_size : f.K, 16);
 }
 
+constexpr int64_t kTrellisRows = 16;  // rows that are searched together, one a lane
+
+// Per column 16 values, 16 weights of the error, and 2 words of decisions; per group 16 of t and of the scales.
+inline int64_t trellis_scratch_floats(const format::WeightFormat& f) {
+  return kTrellisRows * (2 * f.K + 2 * format::num_groups(f)) + 4 * f.K + 16;
+}
+
 // Scratch floats that one call of quantize_rows needs, whatever its range.
 inline int64_t quantize_scratch_floats(const QuantizeArgs& args) {
   const int64_t padded = format::num_groups(args.format) * padded_group(args.format);
-  return args.format.K + 2 * padded + 3 * format::num_groups(args.format) + 64;
+  const int64_t one_row = args.format.K + 2 * padded + 3 * format::num_groups(args.format) + 64;
+  return one_row + (format::is_trellis(args.format) ? trellis_scratch_floats(args.format) : 0);
 }
 
 struct PackArgs {
@@ -85,9 +95,9 @@ struct DequantizeArgs {
   const uint32_t* packed;
   const void* scale;
   const uint16_t* row_scale;
-  const float* levels;  // [2^bits]
+  const float* levels;  // as in QuantizeArgs
   const uint8_t* outlier_index;
-  const uint16_t* outlier_value;
+  const uint8_t* outlier_value;
   const void* outlier_scale;
   const uint8_t* mask;
   float* out;  // [N, K]
@@ -97,7 +107,7 @@ struct LinearArgs {
   format::WeightFormat format;
   format::TileLayout layout;
   const uint8_t* prepacked;  // prepacked.h
-  const float* levels;       // [256]; for bits <= 4 the levels repeat every 2^bits, so that an index needs no masking
+  const float* levels;       // [256]; they repeat, so that the index of a narrow code needs no masking
   const float* x;            // [M, K]
   int64_t M;                 // at most kLinearMaxRows
   const float* bias;         // [N] or nullptr
@@ -118,7 +128,8 @@ struct KernelTable {
   const char* name;
   void (*soft_threshold)(const SoftThresholdArgs&, int64_t begin, int64_t end);
   void (*magnitude_digit)(const MagnitudeDigitArgs&, int64_t begin, int64_t end, int64_t* counts);
-  void (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside);
+  // counts [num_labels][num_bins]. Returns false when a label is not below num_labels.
+  bool (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside);
   // Returns the flat index of the first element that is not finite or above kMaxWeight, or -1.
   int64_t (*quantize_rows)(const QuantizeArgs&, int64_t row_begin, int64_t row_end, float* scratch);
   // Returns false when a code does not fit in `bits`.

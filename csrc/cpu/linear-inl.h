@@ -17,11 +17,13 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 constexpr int64_t kTile = format::kTileRows;
 
 // scale * level of columns [begin, end) of one tile into panel[(k - begin) * 16 + lane].
-template <int kBits>
+template <int kBits, bool kTrellis>
 static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_t begin, int64_t end, float* panel) {
   const format::WeightFormat& f = args.format;
   const int32_t* words = reinterpret_cast<const int32_t*>(tile + args.layout.words);
-  const F32 table = load(args.levels);
+  const F32 table = load(args.levels), table_high = load(args.levels + kTile);
+  const I32 none = zero_words();
+  I32 previous = none, before = none;  // codes of the two columns before; a block starts without
   int64_t group = -1;
   float scales[kTile], others[kTile];
   for (int64_t k = begin; k < end; ++k) {
@@ -39,13 +41,22 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
     I32 codes = shift_right(load_words(words + word * kTile), shift);
     if (shift + kBits > 32) codes = bit_or(codes, shift_left(load_words(words + (word + 1) * kTile), 32 - shift));
     F32 level;
-    if (kBits <= 4) {
-      level = lookup16(table, codes);  // looks at 4 bits; tables of 2 and 3 bits repeat, so higher bits do no harm
+    if (kTrellis) {
+      const I32 index = bit_or(shift_left(bit_xor(codes, low_bit(before)), 1), low_bit(previous));
+      before = previous;
+      previous = codes;
+      codes = index;
+    }
+    constexpr int kIndexBits = kBits + kTrellis;
+    if (kIndexBits <= 4) {
+      level = lookup16(table, codes);  // looks at 4 bits; smaller tables repeat, so higher bits do no harm
+    } else if (kIndexBits == 5) {
+      level = lookup32(table, table_high, codes);
     } else {
       int32_t index[kTile];
       float lanes[kTile];
       store_words(index, codes);
-      for (int64_t r = 0; r < kTile; ++r) lanes[r] = args.levels[index[r] & ((1 << kBits) - 1)];
+      for (int64_t r = 0; r < kTile; ++r) lanes[r] = args.levels[index[r] & ((1 << kIndexBits) - 1)];
       level = load(lanes);
     }
     F32 scale = load(scales);
@@ -59,15 +70,30 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
   }
 }
 
+using PanelDequantizer = void (*)(const LinearArgs&, const uint8_t* tile, int64_t begin, int64_t end, float* panel);
+
+static PanelDequantizer panel_dequantizer(const format::WeightFormat& f) {
+  const bool trellis = format::is_trellis(f);
+  switch (f.bits) {
+    case 2: return trellis ? dequantize_panel<2, true> : dequantize_panel<2, false>;
+    case 3: return trellis ? dequantize_panel<3, true> : dequantize_panel<3, false>;
+    case 4: return trellis ? dequantize_panel<4, true> : dequantize_panel<4, false>;
+    case 5: return trellis ? dequantize_panel<5, true> : dequantize_panel<5, false>;
+    case 6: return trellis ? dequantize_panel<6, true> : dequantize_panel<6, false>;
+    case 7: return trellis ? dequantize_panel<7, true> : dequantize_panel<7, false>;
+    default: return dequantize_panel<8, false>;
+  }
+}
+
 PRECAL_INLINE void add_outliers(const LinearArgs& args, const uint8_t* tile, int64_t block, int64_t width,
                                 float* panel) {
   const int c = args.format.c;
-  const uint16_t* values = reinterpret_cast<const uint16_t*>(tile + args.layout.outlier_value) + block * c * kTile;
+  const uint8_t* values = tile + args.layout.outlier_value + block * c * kTile;
   const uint8_t* indices = tile + args.layout.outlier_index + block * c * kTile;
   for (int64_t i = 0; i < c * kTile; ++i) {
     if (indices[i] >= width) continue;
     float* target = panel + indices[i] * kTile + i % kTile;
-    *target = *target + format::kOutlierUnit * half_to_float(values[i]);
+    *target = *target + format::kOutlierUnit * format::e4m3_to_float(values[i]);
   }
 }
 
@@ -97,6 +123,7 @@ static void accumulate(const float* x, int64_t x_stride, const float* panel, int
 static void linear_tiles(const LinearArgs& args, int64_t tile_begin, int64_t tile_end, float* scratch) {
   const format::WeightFormat& f = args.format;
   const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const auto dequantize = panel_dequantizer(f);
   float* panel = scratch;
   float* sums = scratch + format::kBlock * kTile;
   for (int64_t t = tile_begin; t < tile_end; ++t) {
@@ -105,15 +132,7 @@ static void linear_tiles(const LinearArgs& args, int64_t tile_begin, int64_t til
 
     for (int64_t b = 0; b < blocks.num_blocks; ++b) {
       const int64_t begin = format::block_begin(blocks, b), end = format::block_end(blocks, b);
-      switch (f.bits) {
-        case 2: dequantize_panel<2>(args, tile, begin, end, panel); break;
-        case 3: dequantize_panel<3>(args, tile, begin, end, panel); break;
-        case 4: dequantize_panel<4>(args, tile, begin, end, panel); break;
-        case 5: dequantize_panel<5>(args, tile, begin, end, panel); break;
-        case 6: dequantize_panel<6>(args, tile, begin, end, panel); break;
-        case 7: dequantize_panel<7>(args, tile, begin, end, panel); break;
-        default: dequantize_panel<8>(args, tile, begin, end, panel); break;
-      }
+      dequantize(args, tile, begin, end, panel);
       if (f.c > 0) add_outliers(args, tile, b, end - begin, panel);
       int64_t m = 0;
       for (; m + kLinearRowBlock <= args.M; m += kLinearRowBlock) {

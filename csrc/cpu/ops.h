@@ -46,12 +46,14 @@ struct SalienceMask {
 };
 
 struct Histogram {
-  static constexpr int kOutputs = 2;  // counts [num_bins], outside [3] = below, above, NaN
+  static constexpr int kOutputs = 2;  // counts [num_bins] or [num_labels, num_bins]; outside [3] = below, above, NaN
   TensorView w;
   int64_t num_bins;
   double lo, hi;
   TensorView divisor, weight;  // optional [N, G]
   int64_t group_size;
+  TensorView label;  // optional [N, K]
+  int64_t num_labels;
   Status plan(TensorSpec* out) const;
   Status run(const TensorView* out) const;
 };
@@ -120,8 +122,8 @@ struct Unpack {
   Status run(const TensorView* out) const;
 };
 
-// Levels as floats, of a checked grid [1, 2^bits] or of the uniform one when it is absent; repeated up to 256 entries,
-// so that a lookup by 4 bits needs no masking. Refuses levels out of order or range.
+// Levels as floats, of a grid of checked shape or of the uniform one when it is absent; repeated up to 256 entries, so
+// that a lookup by 4 or 5 bits needs no masking. Refuses levels out of order or range.
 Status make_levels(const char* op, const TensorView& grid, int bits, float* levels);
 
 // The canonical tensors of one weight, as dequantize and prepack take them.
@@ -149,8 +151,8 @@ struct Prepack {
 // The integers of a prepacked weight, checked against its header.
 struct PrepackedWeight {
   TensorView data;
-  int64_t N, K, bits, group_size, c;
-  bool uniform, split;
+  int64_t N, K, bits, group_size, c, grid_size;
+  bool split;
   std::string scale_dtype;
   Status check(const char* op, format::WeightFormat* f) const;
 };

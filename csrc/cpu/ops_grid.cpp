@@ -109,17 +109,22 @@ Status check_bins(const char* op, double lo, double hi, int64_t num_bins) {
   return {};
 }
 
-Status check_counts(const char* op, const char* name, const TensorView& counts) {
-  PRECAL_RETURN_IF_ERROR(check_dtype(op, name, counts, {DType::kInt64}));
-  PRECAL_RETURN_IF_ERROR(check_contiguous(op, name, counts));
-  if (counts.ndim != 1 || counts.shape[0] < 1 || counts.shape[0] > kMaxBins) {
-    return invalid_value(op, ": ", name, " must be [bins] with 1 <= bins <= 2^24, got ", shape_text(counts));
+// [bins], or [levels, bins]: the histogram of the weights of each code.
+Status check_counts(const char* op, const TensorView& counts, const TensorView& grid) {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "counts", counts, {DType::kInt64}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "counts", counts));
+  const bool by_code = counts.ndim == 2 && counts.shape[0] == grid.numel();
+  if ((counts.ndim != 1 && !by_code) || counts.numel() < 1 || counts.numel() > kMaxBins) {
+    return invalid_value(op, ": counts must be [bins] or [levels, bins] with at most 2^24 in all, got ",
+                         shape_text(counts));
   }
   return {};
 }
 
+int64_t num_bins_of(const TensorView& counts) { return counts.shape[counts.ndim - 1]; }
+
 Status check_not_negative(const char* op, const TensorView& counts) {
-  for (int64_t b = 0; b < counts.shape[0]; ++b) {
+  for (int64_t b = 0; b < counts.numel(); ++b) {
     const int64_t count = counts.as<int64_t>()[b];
     if (count < 0) return invalid_value(op, ": counts must be >= 0, got ", count, " at [", b, "]");
   }
@@ -150,23 +155,59 @@ int round_level(double x) {
   return int(std::clamp(std::floor(x + 0.5), -double(format::kMaxLevel), double(format::kMaxLevel)));
 }
 
-// One weighted Lloyd-Max step on the histogram, then the largest level is stretched to 127 to use all of int8.
+// Sorted, and the largest level stretched to 127 to use all of int8.
+std::vector<int> stretched(std::vector<double> centroid) {
+  double peak = 0.0;
+  for (double c : centroid) peak = std::max(peak, std::fabs(c));
+  std::sort(centroid.begin(), centroid.end());
+  std::vector<int> levels(centroid.size());
+  for (size_t i = 0; i < levels.size(); ++i) {
+    levels[i] = round_level(peak > 0.0 ? centroid[i] / peak * double(format::kMaxLevel) : 0.0);
+  }
+  return levels;
+}
+
+// One weighted Lloyd-Max step on the histogram.
 std::vector<int> lloyd_step(const Sums& sums, const std::vector<int>& levels) {
   const std::vector<int64_t> edges = sums.cells(levels);
   std::vector<double> centroid(levels.size());
-  double peak = 0.0;
   for (size_t i = 0; i < levels.size(); ++i) {
     const size_t a = size_t(edges[i]), b = size_t(edges[i + 1]);
     const double p = sums.mass[b] - sums.mass[a];
     centroid[i] = p > 0.0 ? (sums.moment[b] - sums.moment[a]) / p : double(levels[i]);
-    peak = std::max(peak, std::fabs(centroid[i]));
   }
-  std::sort(centroid.begin(), centroid.end());
-  std::vector<int> next(levels.size());
+  return stretched(centroid);
+}
+
+// The same with the weights of every code known, [levels][bins]. Without any weight the levels stay.
+std::vector<int> centroid_step(const int64_t* counts, int64_t bins, double lo, double hi,
+                               const std::vector<int>& levels) {
+  const double width = (hi - lo) / double(bins);
+  std::vector<double> centroid(levels.size());
+  bool any = false;
   for (size_t i = 0; i < levels.size(); ++i) {
-    next[i] = round_level(peak > 0.0 ? centroid[i] / peak * double(format::kMaxLevel) : 0.0);
+    double mass = 0.0, moment = 0.0;
+    for (int64_t b = 0; b < bins; ++b) {
+      const double p = double(counts[int64_t(i) * bins + b]);
+      mass += p;
+      moment += p * (lo + (double(b) + 0.5) * width);
+    }
+    centroid[i] = mass > 0.0 ? moment / mass : double(levels[i]);
+    any = any || mass > 0.0;
   }
-  return next;
+  return any ? stretched(centroid) : levels;
+}
+
+// Adds the mass of one code, spread evenly from its first to its last occupied bin.
+void spread_code(const int64_t* counts, int64_t bins, double* density) {
+  int64_t first = bins, last = -1, total = 0;
+  for (int64_t b = 0; b < bins; ++b) {
+    if (counts[b] == 0) continue;
+    first = std::min(first, b);
+    last = b;
+    total += counts[b];
+  }
+  for (int64_t b = first; b <= last; ++b) density[b] += double(total) / double(last - first + 1);
 }
 
 // Coordinate descent over the integers: move one level by one while the objective falls. The largest level stays: that
@@ -253,7 +294,16 @@ Status Histogram::plan(TensorSpec* out) const {
     PRECAL_RETURN_IF_ERROR(
         check_tensor(op, "weight", weight, {DType::kInt64, {w.shape[0], groups}}, "(N, ceil(K/group_size))"));
   }
-  out[0] = {DType::kInt64, {num_bins}};
+  if (label.present) {
+    PRECAL_RETURN_IF_ERROR(check_tensor(op, "label", label, {DType::kUInt8, {w.shape[0], w.shape[1]}}, "(N, K)"));
+    if (num_labels < 1 || num_labels > 256 || num_labels * num_bins > kMaxBins) {
+      return invalid_value(op, ": num_labels must lie in [1, 256] with at most 2^24 bins in all, got ", num_labels);
+    }
+    out[0] = {DType::kInt64, {num_labels, num_bins}};
+  } else {
+    if (num_labels != 1) return invalid_value(op, ": num_labels must be 1 without label, got ", num_labels);
+    out[0] = {DType::kInt64, {num_bins}};
+  }
   out[1] = {DType::kInt64, {3}};
   return {};
 }
@@ -261,32 +311,45 @@ Status Histogram::plan(TensorSpec* out) const {
 Status Histogram::run(const TensorView* out) const {
   // A larger group is the whole row; begin + group_size must not overflow.
   const int64_t columns = std::min(group_size, std::max<int64_t>(w.shape[1], 1));
-  HistogramArgs args{
-      w.data,   w.dtype, w.shape[1], columns, ceil_div(w.shape[1], columns), divisor.as<float>(), weight.as<int64_t>(),
-      num_bins, lo,      hi};
+  HistogramArgs args{w.data,
+                     w.dtype,
+                     w.shape[1],
+                     columns,
+                     ceil_div(w.shape[1], columns),
+                     divisor.as<float>(),
+                     weight.as<int64_t>(),
+                     num_bins,
+                     lo,
+                     hi,
+                     label.as<uint8_t>(),
+                     num_labels};
   int64_t* counts = out[0].as<int64_t>();
   int64_t* outside = out[1].as<int64_t>();
-  std::fill(counts, counts + num_bins, 0);
+  const int64_t cells = num_labels * num_bins;
+  std::fill(counts, counts + cells, 0);
   std::fill(outside, outside + 3, 0);
-  const int64_t grain = std::max<int64_t>(1, std::max<int64_t>(1 << 16, num_bins) / std::max<int64_t>(w.shape[1], 1));
+  const int64_t grain = std::max<int64_t>(1, std::max<int64_t>(1 << 16, cells) / std::max<int64_t>(w.shape[1], 1));
   std::mutex lock;
+  bool labelled = true;
   parallel_for(0, w.shape[0], grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> local(size_t(num_bins) + 3, 0);
-    kernels().histogram(args, begin, end, local.data(), local.data() + num_bins);
+    std::vector<int64_t> local(size_t(cells) + 3, 0);
+    const bool good = kernels().histogram(args, begin, end, local.data(), local.data() + cells);
     std::lock_guard<std::mutex> guard(lock);
-    for (int64_t i = 0; i < num_bins; ++i) counts[i] += local[size_t(i)];
-    for (int64_t i = 0; i < 3; ++i) outside[i] += local[size_t(num_bins + i)];
+    labelled = labelled && good;
+    for (int64_t i = 0; i < cells; ++i) counts[i] += local[size_t(i)];
+    for (int64_t i = 0; i < 3; ++i) outside[i] += local[size_t(cells + i)];
   });
+  if (!labelled) return invalid_value("histogram: label must be below num_labels = ", num_labels, ", got a larger one");
   return {};
 }
 
 Status SpreadCodes::plan(TensorSpec* out) const {
   constexpr const char* op = "spread_codes";
-  PRECAL_RETURN_IF_ERROR(check_counts(op, "counts", counts));
-  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
-  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, counts.shape[0]));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
-  out[0] = {DType::kFloat64, {counts.shape[0]}};
+  PRECAL_RETURN_IF_ERROR(check_counts(op, counts, grid));
+  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, num_bins_of(counts)));
+  out[0] = {DType::kFloat64, {num_bins_of(counts)}};
   return {};
 }
 
@@ -295,10 +358,15 @@ Status SpreadCodes::run(const TensorView* out) const {
   PRECAL_RETURN_IF_ERROR(read_grid("spread_codes", grid, &levels));
   PRECAL_RETURN_IF_ERROR(check_not_negative("spread_codes", counts));
   const int64_t* mass = counts.as<int64_t>();
-  const Sums sums(mass, counts.shape[0], lo, hi);
-  const std::vector<int64_t> edges = sums.cells(levels);
+  const int64_t bins = num_bins_of(counts);
   double* density = out[0].as<double>();
-  std::fill(density, density + counts.shape[0], 0.0);
+  std::fill(density, density + bins, 0.0);
+  if (counts.ndim == 2) {
+    for (size_t i = 0; i < levels.size(); ++i) spread_code(mass + int64_t(i) * bins, bins, density);
+    return {};
+  }
+  const Sums sums(mass, bins, lo, hi);
+  const std::vector<int64_t> edges = sums.cells(levels);
   for (size_t i = 0; i < levels.size(); ++i) {
     int64_t total = 0;
     for (int64_t b = edges[i]; b < edges[i + 1]; ++b) total += mass[b];
@@ -349,11 +417,11 @@ Status KlDivergence::run(const TensorView* out) const {
 
 Status FitGrid::plan(TensorSpec* out) const {
   constexpr const char* op = "fit_grid";
-  PRECAL_RETURN_IF_ERROR(check_counts(op, "counts", counts));
-  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
-  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, counts.shape[0]));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
   PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
+  PRECAL_RETURN_IF_ERROR(check_counts(op, counts, grid));
+  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, num_bins_of(counts)));
   if (!(mu >= 0.0) || std::isinf(mu)) return invalid_value(op, ": mu must be finite and >= 0, got ", mu);
   if (rounds < 0 || rounds > 1000) return invalid_value(op, ": rounds must lie in [0, 1000], got ", rounds);
   out[0] = grid;
@@ -365,6 +433,11 @@ Status FitGrid::run(const TensorView* out) const {
   PRECAL_RETURN_IF_ERROR(read_grid("fit_grid", grid, &levels));
   const int64_t* mass = counts.as<int64_t>();
   PRECAL_RETURN_IF_ERROR(check_not_negative("fit_grid", counts));
+  if (counts.ndim == 2) {
+    if (rounds > 0) levels = centroid_step(mass, num_bins_of(counts), lo, hi, levels);
+    for (size_t i = 0; i < levels.size(); ++i) out[0].as<int8_t>()[i] = int8_t(levels[i]);
+    return {};
+  }
   const Sums sums(mass, counts.shape[0], lo, hi);
   if (sums.last > sums.first && rounds > 0) {
     std::vector<int> moved = levels;

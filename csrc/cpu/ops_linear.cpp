@@ -28,6 +28,7 @@ PrepackedHeader make_header(const WeightFormat& f) {
   h.K = f.K;
   h.group_size = f.group_size;
   h.c = f.c;
+  h.grid_size = uint32_t(f.grid_size);
   h.total_bytes = format::tile_layout(f).total_bytes;
   return h;
 }
@@ -63,7 +64,7 @@ std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* 
   std::vector<Section> list{
       {row_scale, 0, 1, 2}, {packed, t.words, format::num_words(f), 4}, {scale, t.scale, groups, scale_bytes}};
   if (f.c > 0) {
-    list.push_back({outlier_value, t.outlier_value, entries, 2});
+    list.push_back({outlier_value, t.outlier_value, entries, 1});
     list.push_back({outlier_index, t.outlier_index, entries, 1});
   }
   if (f.split) {
@@ -104,7 +105,7 @@ Status Prepack::run(const TensorView* out) const {
   uint8_t* data = out[0].as<uint8_t>();
   std::memset(data, 0, size_t(format::kPrepackedTilesOffset));
   std::memcpy(data, &header, sizeof(header));
-  if (!f.uniform) std::memcpy(data + format::kPrepackedGridOffset, weight.grid.data, size_t(1) << f.bits);
+  if (f.grid_size > 0) std::memcpy(data + format::kPrepackedGridOffset, weight.grid.data, size_t(f.grid_size));
   const std::vector<Section> list =
       sections(f, t, weight.packed.data, weight.scale.data, weight.row_scale.data, weight.outlier_index.data,
                weight.outlier_value.data, weight.outlier_scale.data, weight.mask.data);
@@ -137,6 +138,10 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
   if (c < 0 || c > format::kMaxCapacity) {
     return invalid_value(op, ": c must lie in [0, ", format::kMaxCapacity, "], got ", c);
   }
+  if (!format::grid_size_fits(grid_size, int(bits))) {
+    return invalid_value(
+        op, ": grid_size must be 0 (uniform), 2^bits or, for a trellis of 2 to 7 bits, 2^(bits+1), got ", grid_size);
+  }
   if (scale_dtype != "e4m3" && scale_dtype != "float16") {
     return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", scale_dtype);
   }
@@ -145,18 +150,19 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
   f->bits = int(bits);
   f->group_size = group_size;
   f->c = int(c);
-  f->uniform = uniform;
+  f->grid_size = int(grid_size);
   f->split = split;
   f->scale_type = scale_dtype == "e4m3" ? ScaleType::kE4m3 : ScaleType::kFloat16;
   const PrepackedHeader want = make_header(*f);
   if (data.ndim != 1 || data.shape[0] != want.total_bytes) {
     return invalid_value(op, ": prepacked must be [", want.total_bytes, "] bytes for N=", N, ", K=", K, ", bits=", bits,
-                         ", group_size=", group_size, ", c=", c, ", got ", shape_text(data));
+                         ", group_size=", group_size, ", c=", c, ", grid_size=", grid_size, ", got ", shape_text(data));
   }
   if (data.data == nullptr || std::memcmp(data.data, &want, sizeof(want)) != 0) {
-    return invalid_value(op,
-                         ": prepacked must come from prepack() with the same N, K, bits, group_size and c; its "
-                         "header says otherwise");
+    return invalid_value(
+        op,
+        ": prepacked must come from prepack() with the same N, K, bits, group_size, c and grid_size; its "
+        "header says otherwise");
   }
   return {};
 }
@@ -169,9 +175,9 @@ Status Unprepack::plan(TensorSpec* out) const {
   out[0] = {DType::kInt32, {f.N, format::num_words(f)}};
   out[1] = {scale, {f.N, groups}};
   out[2] = {DType::kBFloat16, {f.N}};
-  out[3] = {DType::kInt8, {f.uniform ? 0 : 1, int64_t(1) << f.bits}};
+  out[3] = {DType::kInt8, {f.grid_size > 0 ? 1 : 0, f.grid_size}};
   out[4] = {DType::kUInt8, {f.N, blocks, f.c}};
-  out[5] = {DType::kFloat16, {f.N, blocks, f.c}};
+  out[5] = {DType::kUInt8, {f.N, blocks, f.c}};
   out[6] = {scale, {f.split ? f.N : 0, groups}};
   out[7] = {DType::kUInt8, {f.split ? f.N : 0, format::mask_bytes_per_row(f)}};
   return {};
@@ -182,7 +188,7 @@ Status Unprepack::run(const TensorView* out) const {
   PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
   const TileLayout t = format::tile_layout(f);
   const uint8_t* data = weight.data.as<uint8_t>();
-  if (!f.uniform) std::memcpy(out[3].data, data + format::kPrepackedGridOffset, size_t(1) << f.bits);
+  if (f.grid_size > 0) std::memcpy(out[3].data, data + format::kPrepackedGridOffset, size_t(f.grid_size));
   const std::vector<Section> list =
       sections(f, t, out[0].data, out[1].data, out[2].data, out[4].data, out[5].data, out[6].data, out[7].data);
   parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
@@ -225,9 +231,9 @@ Status Linear::run(const TensorView* out) const {
 
   const uint8_t* data = weight.data.as<uint8_t>();
   float levels[256];
-  const int count = 1 << f.bits;
+  const int count = f.grid_size > 0 ? f.grid_size : 1 << f.bits;
   const int8_t* grid = reinterpret_cast<const int8_t*>(data + format::kPrepackedGridOffset);
-  for (int u = 0; u < 256; ++u) levels[u] = f.uniform ? float(u % count - count / 2) : float(grid[u % count]);
+  for (int u = 0; u < 256; ++u) levels[u] = f.grid_size > 0 ? float(grid[u % count]) : float(u % count - count / 2);
   std::vector<float> bias_copy;
   if (bias.present) {
     bias_copy.resize(size_t(f.N));

@@ -50,12 +50,14 @@ Status parse_scale_type(const char* op, const std::string& text, ScaleType* type
 
 DType scale_dtype_of(ScaleType type) { return type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16; }
 
+// A grid [L] or [1, L]: 2^bits levels, or 2^(bits+1) for a trellis.
 Status check_grid_shape(const char* op, const TensorView& grid, int64_t bits) {
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
   PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
-  if (grid.ndim < 1 || grid.ndim > 2 || grid.shape[grid.ndim - 1] != (int64_t(1) << bits) ||
-      grid.numel() != (int64_t(1) << bits)) {
-    return invalid_value(op, ": grid must be [1, ", int64_t(1) << bits, "] (1, 2^bits), got ", shape_text(grid));
+  const int64_t size = grid.ndim > 0 ? grid.shape[grid.ndim - 1] : 0;
+  if (grid.ndim < 1 || grid.ndim > 2 || grid.numel() != size || size == 0 || !format::grid_size_fits(size, int(bits))) {
+    return invalid_value(op, ": grid must be [1, ", int64_t(1) << bits, "] (1, 2^bits), or [1, ", int64_t(2) << bits,
+                         "] for a trellis of 2 to 7 bits, got ", shape_text(grid));
   }
   return {};
 }
@@ -72,9 +74,11 @@ Status nonfinite(const char* op, const TensorView& w, int64_t index) {
 Status run_quantize(const char* op, const TensorView& w, const QuantizeArgs& args) {
   std::mutex lock;
   int64_t bad = -1;
-  parallel_for(0, args.format.N, row_grain(args.format.K), [&](int64_t begin, int64_t end) {
+  const int64_t rows = format::is_trellis(args.format) ? kTrellisRows : 1;  // that are worth doing together
+  parallel_for(0, ceil_div(args.format.N, rows), ceil_div(row_grain(args.format.K), rows), [&](int64_t b, int64_t e) {
     std::vector<float> scratch(static_cast<size_t>(quantize_scratch_floats(args)));
-    const int64_t first = kernels().quantize_rows(args, begin, end, scratch.data());
+    const int64_t end = std::min(e * rows, args.format.N);
+    const int64_t first = kernels().quantize_rows(args, b * rows, end, scratch.data());
     if (first < 0) return;
     std::lock_guard<std::mutex> guard(lock);
     if (bad < 0 || first < bad) bad = first;
@@ -85,7 +89,7 @@ Status run_quantize(const char* op, const TensorView& w, const QuantizeArgs& arg
 }  // namespace
 
 Status make_levels(const char* op, const TensorView& grid, int bits, float* levels) {
-  const int count = 1 << bits;
+  const int count = grid.present ? int(grid.numel()) : 1 << bits;
   if (!grid.present) {
     for (int u = 0; u < count; ++u) levels[u] = float(u - count / 2);
   } else {
@@ -120,6 +124,9 @@ Status QuantizeGroups::plan(TensorSpec* out) const {
     return invalid_value(op, ": search must satisfy 0 < search_lo <= search_hi <= 1.1, got [", search_lo, ", ",
                          search_hi, "]");
   }
+  if (type == ScaleType::kFloat16 && grid.present && grid.numel() != (int64_t(1) << bits)) {
+    return invalid_value(op, ": scale_dtype must be e4m3 with a trellis grid, got ", scale_dtype);
+  }
   if (type == ScaleType::kFloat16 && (search_lo != 1.0 || search_hi != 1.0)) {
     return invalid_value(op, ": search_lo and search_hi must be 1 for float16 scales, got [", search_lo, ", ",
                          search_hi, "]");
@@ -130,7 +137,7 @@ Status QuantizeGroups::plan(TensorSpec* out) const {
   out[1] = {scale_dtype_of(type), {N, groups}};
   out[2] = {DType::kBFloat16, {N}};
   out[3] = {DType::kUInt8, {N, blocks, c}};
-  out[4] = {DType::kFloat16, {N, blocks, c}};
+  out[4] = {DType::kUInt8, {N, blocks, c}};
   return {};
 }
 
@@ -138,7 +145,7 @@ Status QuantizeGroups::run(const TensorView* out) const {
   constexpr const char* op = "quantize_groups";
   float levels[256];
   PRECAL_RETURN_IF_ERROR(make_levels(op, grid, int(bits), levels));
-  const float top = levels[(1 << bits) - 1];
+  const float top = levels[(grid.present ? grid.numel() : int64_t(1) << bits) - 1];
   if (symmetric && !(top > 0.0f)) {
     return invalid_value(op, ": grid must end above zero when symmetric, got top level ", top);
   }
@@ -150,7 +157,7 @@ Status QuantizeGroups::run(const TensorView* out) const {
   args.format.bits = int(bits);
   args.format.group_size = group_size;
   args.format.c = int(c);
-  args.format.uniform = !grid.present;
+  args.format.grid_size = grid.present ? int(grid.numel()) : 0;
   PRECAL_RETURN_IF_ERROR(parse_scale_type(op, scale_dtype, &args.format.scale_type));
   args.levels = levels;
   args.symmetric = symmetric;
@@ -161,7 +168,7 @@ Status QuantizeGroups::run(const TensorView* out) const {
   args.scale = out[1].data;
   args.row_scale = out[2].as<uint16_t>();
   args.outlier_index = out[3].as<uint8_t>();
-  args.outlier_value = out[4].as<uint16_t>();
+  args.outlier_value = out[4].as<uint8_t>();
   return run_quantize(op, w, args);
 }
 
@@ -192,7 +199,7 @@ Status QuantizeSplit::run(const TensorView* out) const {
   args.format.K = w.shape[1];
   args.format.bits = int(bits);
   args.format.group_size = group_size;
-  args.format.uniform = args.format.split = true;
+  args.format.split = true;
   args.format.scale_type = ScaleType::kFloat16;
   args.levels = levels;
   args.symmetric = true;
@@ -259,7 +266,6 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
   f->K = K;
   f->bits = int(bits);
   f->group_size = group_size;
-  f->uniform = !grid.present;
   PRECAL_RETURN_IF_ERROR(check_tensor(op, "packed", packed, {DType::kInt32, {N, format::words_per_row(K, int(bits))}},
                                       "(N, ceil(K*bits/32))"));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "scale", scale, {DType::kUInt8, DType::kFloat16}));
@@ -267,6 +273,7 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
   PRECAL_RETURN_IF_ERROR(check_tensor(op, "scale", scale, {scale.dtype, {N, groups}}, "(N, ceil(K/group_size))"));
   PRECAL_RETURN_IF_ERROR(check_tensor(op, "row_scale", row_scale, {DType::kBFloat16, {N}}, "(N)"));
   if (grid.present) PRECAL_RETURN_IF_ERROR(check_grid_shape(op, grid, bits));
+  f->grid_size = grid.present ? int(grid.numel()) : 0;
   if (outlier_index.present != outlier_value.present) {
     return invalid_value(op, ": outlier_index and outlier_value must be given together, got one of them");
   }
@@ -278,7 +285,7 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
     PRECAL_RETURN_IF_ERROR(
         check_tensor(op, "outlier_index", outlier_index, {DType::kUInt8, {N, blocks, f->c}}, "(N, blocks, c)"));
     PRECAL_RETURN_IF_ERROR(
-        check_tensor(op, "outlier_value", outlier_value, {DType::kFloat16, {N, blocks, f->c}}, "(N, blocks, c)"));
+        check_tensor(op, "outlier_value", outlier_value, {DType::kUInt8, {N, blocks, f->c}}, "(N, blocks, c)"));
   }
   if (outlier_scale.present != mask.present) {
     return invalid_value(op, ": outlier_scale and outlier_mask must be given together, got one of them");
@@ -311,7 +318,7 @@ Status Dequantize::run(const TensorView* out) const {
   args.row_scale = weight.row_scale.as<uint16_t>();
   args.levels = levels;
   args.outlier_index = weight.outlier_index.as<uint8_t>();
-  args.outlier_value = weight.outlier_value.as<uint16_t>();
+  args.outlier_value = weight.outlier_value.as<uint8_t>();
   args.outlier_scale = weight.outlier_scale.data;
   args.mask = weight.mask.as<uint8_t>();
   args.out = out[0].as<float>();

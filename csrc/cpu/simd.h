@@ -40,10 +40,21 @@ PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c
 PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
   return {_mm512_mask_add_ps(acc.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_GT_OQ), acc.v, step.v)};
 }
+// a < b ? a : b
+PRECAL_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Bit i: a < b in lane i.
+PRECAL_INLINE uint32_t less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+// bit i of mask ? a : b
+PRECAL_INLINE F32 select(uint32_t mask, F32 a, F32 b) { return {_mm512_mask_blend_ps(__mmask16(mask), b.v, a.v)}; }
+PRECAL_INLINE I32 zero_words() { return {_mm512_setzero_si512()}; }
 PRECAL_INLINE I32 load_words(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 PRECAL_INLINE I32 shift_right(I32 a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 PRECAL_INLINE I32 shift_left(I32 a, int n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 PRECAL_INLINE I32 bit_or(I32 a, I32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+PRECAL_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+PRECAL_INLINE I32 low_bit(I32 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(1))}; }
+// table[index & 31] of a table in two halves, per lane
+PRECAL_INLINE F32 lookup32(F32 low, F32 high, I32 index) { return {_mm512_permutex2var_ps(low.v, index.v, high.v)}; }
 // table[index & 15], per lane
 PRECAL_INLINE F32 lookup16(F32 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 PRECAL_INLINE void store_words(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
@@ -72,6 +83,20 @@ PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
   return {_mm256_add_ps(acc.lo, _mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_GT_OQ), step.lo)),
           _mm256_add_ps(acc.hi, _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_GT_OQ), step.hi))};
 }
+PRECAL_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+PRECAL_INLINE uint32_t less(F32 a, F32 b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ))) |
+         uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))) << 8;
+}
+PRECAL_INLINE __m256 select_half(uint32_t mask, __m256 a, __m256 b) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(mask)), bit), bit);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(chosen));
+}
+PRECAL_INLINE F32 select(uint32_t mask, F32 a, F32 b) {
+  return {select_half(mask, a.lo, b.lo), select_half(mask >> 8, a.hi, b.hi)};
+}
+PRECAL_INLINE I32 zero_words() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 PRECAL_INLINE I32 load_words(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
@@ -85,6 +110,11 @@ PRECAL_INLINE I32 shift_left(I32 a, int n) {
   return {_mm256_sll_epi32(a.lo, count), _mm256_sll_epi32(a.hi, count)};
 }
 PRECAL_INLINE I32 bit_or(I32 a, I32 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+PRECAL_INLINE I32 bit_xor(I32 a, I32 b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+PRECAL_INLINE I32 low_bit(I32 a) {
+  const __m256i one = _mm256_set1_epi32(1);
+  return {_mm256_and_si256(a.lo, one), _mm256_and_si256(a.hi, one)};
+}
 PRECAL_INLINE __m256 lookup16_half(F32 table, __m256i index) {
   // vpermps sees the low 3 bits; bit 3 chooses the half of the table through the sign bit of the blend.
   const __m256 low = _mm256_permutevar8x32_ps(table.lo, index);
@@ -93,6 +123,11 @@ PRECAL_INLINE __m256 lookup16_half(F32 table, __m256i index) {
 }
 PRECAL_INLINE F32 lookup16(F32 table, I32 index) {
   return {lookup16_half(table, index.lo), lookup16_half(table, index.hi)};
+}
+PRECAL_INLINE F32 lookup32(F32 low, F32 high, I32 index) {
+  const F32 a = lookup16(low, index), b = lookup16(high, index);
+  return {_mm256_blendv_ps(a.lo, b.lo, _mm256_castsi256_ps(_mm256_slli_epi32(index.lo, 27))),
+          _mm256_blendv_ps(a.hi, b.hi, _mm256_castsi256_ps(_mm256_slli_epi32(index.hi, 27)))};
 }
 PRECAL_INLINE void store_words(int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
@@ -148,6 +183,26 @@ PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
   PRECAL_LANES(r.v, x.v[i] > limit.v[i] ? acc.v[i] + step.v[i] : acc.v[i]);
   return r;
 }
+PRECAL_INLINE F32 min(F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
+  return r;
+}
+PRECAL_INLINE uint32_t less(F32 a, F32 b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] < b.v[i]) << i;
+  return mask;
+}
+PRECAL_INLINE F32 select(uint32_t mask, F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, ((mask >> i) & 1u) != 0u ? a.v[i] : b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 zero_words() {
+  I32 r;
+  PRECAL_LANES(r.v, 0u);
+  return r;
+}
 PRECAL_INLINE I32 load_words(const int32_t* p) {
   I32 r;
   PRECAL_LANES(r.v, uint32_t(p[i]));
@@ -166,6 +221,21 @@ PRECAL_INLINE I32 shift_left(I32 a, int n) {
 PRECAL_INLINE I32 bit_or(I32 a, I32 b) {
   I32 r;
   PRECAL_LANES(r.v, a.v[i] | b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 bit_xor(I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] ^ b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 low_bit(I32 a) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] & 1u);
+  return r;
+}
+PRECAL_INLINE F32 lookup32(F32 low, F32 high, I32 index) {
+  F32 r;
+  PRECAL_LANES(r.v, (index.v[i] & 16u) != 0u ? high.v[index.v[i] & 15u] : low.v[index.v[i] & 15u]);
   return r;
 }
 PRECAL_INLINE F32 lookup16(F32 table, I32 index) {

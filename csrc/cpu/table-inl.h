@@ -6,8 +6,8 @@
 #include "cpu/histogram-inl.h"
 #include "cpu/linear-inl.h"
 #include "cpu/pack-inl.h"
-#include "cpu/quantize-inl.h"
 #include "cpu/salience-inl.h"
+#include "cpu/trellis-inl.h"
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 

@@ -36,4 +36,10 @@ PRECAL_INLINE int64_t block_end(const OutlierBlocks& b, int64_t block) {
   return full < segment_end ? full : segment_end;
 }
 
+// First column of the block that column k < K lies in.
+PRECAL_INLINE int64_t block_begin_at(const OutlierBlocks& b, int64_t k) {
+  const int64_t segment = k / b.segment * b.segment;
+  return segment + (k - segment) / kBlock * kBlock;
+}
+
 }  // namespace precal::format

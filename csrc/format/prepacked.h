@@ -10,7 +10,7 @@
 //     words          [words][16]        int32, the bit stream word by word
 //     scale          [groups][16]       e4m3 or float16
 //     outlier_scale  [groups][16]       as scale; split only
-//     outlier_value  [blocks][c][16]    float16
+//     outlier_value  [blocks][c][16]    e4m3
 //     outlier_index  [blocks][c][16]    uint8
 //     mask           [ceil(K/8)][16]    uint8; split only
 //   Rows past N are zero everywhere, so they contribute nothing.
@@ -27,12 +27,12 @@ struct PrepackedHeader {
   uint32_t magic;
   uint16_t format_version;
   uint8_t bits;
-  uint8_t flags;  // bit 0 uniform, bit 1 split, bit 2 float16 scales
+  uint8_t flags;  // bit 0 split, bit 1 float16 scales
   int64_t N, K, group_size;
   int32_t c;
-  uint32_t reserved0;
+  uint32_t grid_size;
   int64_t total_bytes;
-  uint8_t reserved1[16];
+  uint8_t reserved[16];
 };
 static_assert(sizeof(PrepackedHeader) == 64, "the header is one cache line");
 
@@ -56,7 +56,7 @@ PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
   if (f.split) offset = round_up(offset + scales, 64);
   const int64_t entries = num_blocks(f) * f.c * kTileRows;
   t.outlier_value = offset;
-  offset = round_up(offset + entries * 2, 64);
+  offset = round_up(offset + entries, 64);
   t.outlier_index = offset;
   offset = round_up(offset + entries, 64);
   t.mask = offset;
@@ -68,7 +68,7 @@ PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
 }
 
 PRECAL_INLINE uint8_t prepacked_flags(const WeightFormat& f) {
-  return uint8_t((f.uniform ? 1 : 0) | (f.split ? 2 : 0) | (f.scale_type == ScaleType::kFloat16 ? 4 : 0));
+  return uint8_t((f.split ? 1 : 0) | (f.scale_type == ScaleType::kFloat16 ? 2 : 0));
 }
 
 }  // namespace precal::format

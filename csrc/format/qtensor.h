@@ -4,12 +4,13 @@
 //   W'[n, k] = row_scale[n] * ( scale[n, k / group_size] * level(u[n, k]) + U * outlier(n, k) )
 //
 //   u          unsigned code of `bits` bits                       (bitstream.h)
-//   level(u)   grid[u], int8, non-decreasing; or u - 2^(bits-1) when there is no grid ("uniform")
+//   level(u)   int8 levels, non-decreasing: grid[u] of 2^bits, or of 2^(bits+1) through a trellis (trellis.h); or
+//              u - 2^(bits-1) when there is no grid ("uniform")
 //   scale      [N, ceil(K/group_size)]  signed e4m3 (e4m3.h), or float16 for the baseline recipes
 //   row_scale  [N]  bfloat16
-//   outlier    sum of the entries of this block (outlier_blocks.h) that point at k; float16, added, no mask
+//   outlier    sum of the entries of this block (outlier_blocks.h) that point at k; e4m3, added, no mask
 //   U          128: row_scale is the mean group amplitude over the largest level (127), so U * row_scale is about one
-//              group amplitude and float16 outliers sit in the middle of their range
+//              group amplitude and outliers of 1/64 to 400 amplitudes keep 4 significant bits
 //
 // `split` (the published recipe) has instead a bitmap of salient positions whose codes use a second scale:
 //
@@ -23,6 +24,7 @@
 #include "format/bitstream.h"
 #include "format/e4m3.h"
 #include "format/outlier_blocks.h"
+#include "format/trellis.h"
 
 namespace precal::format {
 
@@ -41,11 +43,16 @@ struct WeightFormat {
   int bits = 4;
   int64_t group_size = 64;
   int c = 0;
-  bool uniform = false;  // no grid
-  bool split = false;    // outlier_scale and mask instead of outlier entries
+  int grid_size = 0;   // levels: 0 (uniform), 2^bits, or 2^(bits+1) (trellis)
+  bool split = false;  // outlier_scale and mask instead of outlier entries
   ScaleType scale_type = ScaleType::kE4m3;
 };
 
+PRECAL_INLINE bool is_uniform(const WeightFormat& f) { return f.grid_size == 0; }
+PRECAL_INLINE bool is_trellis(const WeightFormat& f) { return f.grid_size == 2 << f.bits; }
+PRECAL_INLINE bool grid_size_fits(int64_t size, int bits) {
+  return size == 0 || size == (1 << bits) || (size == (2 << bits) && size <= 256);
+}
 PRECAL_INLINE int64_t num_groups(const WeightFormat& f) { return ceil_div(f.K, f.group_size); }
 PRECAL_INLINE int64_t num_words(const WeightFormat& f) { return words_per_row(f.K, f.bits); }
 PRECAL_INLINE int64_t num_blocks(const WeightFormat& f) { return outlier_blocks(f.K).num_blocks; }
