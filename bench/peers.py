@@ -7,6 +7,7 @@ a line that says so. `bench/README.md` tells how to install them.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import math
@@ -31,6 +32,8 @@ def peers(bits: int) -> Iterator[tuple[str, str, Format]]:
         ("torchao", torchao_formats),
         ("optimum.quanto", quanto_formats),
         ("sinq", sinq_formats),
+        ("auto_round", auto_round_formats),
+        ("pywhispercpp", ggml_formats),
     ):
         try:
             if importlib.util.find_spec(module) is None:
@@ -46,8 +49,9 @@ def peers(bits: int) -> Iterator[tuple[str, str, Format]]:
 def version(module: str) -> str:
     from importlib import metadata
 
-    name = {"optimum.quanto": "optimum-quanto"}.get(module, module)
-    return f"{name} {metadata.version(name)}"
+    name = {"optimum.quanto": "optimum-quanto", "auto_round": "auto-round"}.get(module, module)
+    shown = {"pywhispercpp": "ggml in pywhispercpp"}.get(name, name)
+    return f"{shown} {metadata.version(name)}"
 
 
 def by_groups(w: Tensor, group_size: int, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -197,6 +201,80 @@ def sinq_formats(bits: int) -> Iterator[tuple[str, Format]]:
 
     for group_size in (64, 128):
         yield f"SINQ g{group_size}", sinq(group_size)
+
+
+def auto_round_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    """What its iters = 0 mode picks when there is no activation statistic, i.e. without data."""
+    get_quant_func = importlib.import_module("auto_round.data_type.utils").get_quant_func
+
+    def rtn(group_size: int, symmetric: bool, search: bool, neuqi: bool) -> Format:
+        quantize, _ = get_quant_func(
+            "int", bits, sym=symmetric, disable_opt_rtn=not search, iters=0, enable_neuqi=neuqi
+        )
+
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                restored, scale, _ = quantize(v, bits=bits, group_size=group_size, imatrix=None)
+                codes = (restored.reshape(scale.shape[0], -1) / scale.float()).round()
+                return codes * scale.half().float()  # counted in 16 bits, so used in 16 bits
+
+            return by_groups(w, group_size, go), bits + (16 + (0 if symmetric else bits)) / group_size
+
+        return run
+
+    yield "auto-round RTN sym g128", rtn(128, True, False, False)
+    yield "auto-round RTN asym g128", rtn(128, False, False, False)
+    yield "auto-round optimized RTN sym g128", rtn(128, True, True, False)
+    for group_size in (128, 64):
+        yield f"auto-round NeUQI asym g{group_size}", rtn(group_size, False, True, True)
+
+
+# ggml's type numbers (they are in every gguf file, so they do not change), by width.
+GGML_TYPES = {
+    2: {"Q2_K": 10, "IQ2_S": 22},
+    3: {"Q3_K": 11, "IQ3_XXS": 18, "IQ3_S": 21},
+    4: {"Q4_0": 2, "Q4_1": 3, "Q4_K": 12, "IQ4_NL": 20, "IQ4_XS": 23, "MXFP4": 39, "NVFP4": 40},
+    5: {"Q5_0": 6, "Q5_1": 7, "Q5_K": 13},
+    6: {"Q6_K": 14},
+    8: {"Q8_0": 8},
+}
+
+
+def ggml_formats(bits: int) -> Iterator[tuple[str, Format]]:
+    """ggml's own C functions, without an importance matrix: libggml-base travels in the wheel of pywhispercpp."""
+    from importlib import metadata
+
+    found = [f for f in metadata.files("pywhispercpp") or [] if f.name in ("libggml-base.so", "libggml-base.dylib")]
+    if not found:
+        raise ImportError("this build of pywhispercpp has no libggml-base")
+    library = ctypes.CDLL(str(found[0].locate()))
+    library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    library.ggml_row_size.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    def ggml(name: str, kind: int) -> Format:
+        dequantize = getattr(library, "dequantize_row_" + name.lower().replace("_k", "_K"))
+        dequantize.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        dequantize.restype = None
+
+        def run(w: Tensor) -> tuple[Tensor, float]:
+            def go(v: Tensor) -> Tensor:
+                v, restored = v.contiguous(), torch.empty(v.shape)
+                stored = torch.zeros(v.shape[0] * library.ggml_row_size(kind, v.shape[1]), dtype=torch.uint8)
+                written = library.ggml_quantize_chunk(kind, v.data_ptr(), stored.data_ptr(), 0, *v.shape, None)
+                if written != stored.numel():
+                    raise RuntimeError(f"ggml_quantize_chunk: must write {stored.numel()} bytes, got {written}")
+                dequantize(stored.data_ptr(), restored.data_ptr(), v.numel())
+                return restored
+
+            # whole super-blocks of 256; the zeros that fill the last one are not counted
+            return by_groups(w, 256, go), library.ggml_row_size(kind, 256) * 8 / 256
+
+        return run
+
+    for name, kind in GGML_TYPES.get(bits, {}).items():
+        yield f"ggml {name}", ggml(name, kind)
 
 
 def lab(bits: int) -> Iterator[tuple[str, str, Format]]:
