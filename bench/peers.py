@@ -250,7 +250,8 @@ def ggml_formats(bits: int) -> Iterator[tuple[str, Format]]:
     library = ctypes.CDLL(str(found[0].locate()))
     library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.ggml_row_size.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
 
     def ggml(name: str, kind: int) -> Format:

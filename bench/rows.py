@@ -15,7 +15,7 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--only", metavar="REGEX", default="", help="formats to make; the other rows of the file stay")
     parser.add_argument("--ours", action="store_true", help="precal's formats alone; no other package is imported")
-    parser.add_argument("--missing", action="store_true", help="only rows that the file does not have: go on after a stop")
+    parser.add_argument("--missing", action="store_true", help="only rows that the file does not have yet")
     parser.add_argument("--out", type=Path, default=out)
 
 
