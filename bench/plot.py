@@ -23,6 +23,8 @@ FAMILIES = {
     "quanto": ("#8a8a8a", "X", "quanto qint4"),
     "RTN": ("#b5b5b5", "o", "round to nearest (lab)"),
 }
+# Of these, the formats that no other of them beats are named in the picture; the legend is enough for the rest.
+NAMED = ("ggml", "bitsandbytes", "auto-round", "hqq", "two-level")
 # What a label says instead.
 SHORT = {
     "bitsandbytes ": "",
@@ -35,9 +37,11 @@ SHORT = {
     "auto_adpq ": "",
 }
 # Where a label may go, in points from its mark.
-OFFSETS = [
-    (x * r, y * r) for r in (10, 18, 28, 40, 54, 70) for x, y in ((1, 1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1))
-]
+SIDES = ((1, 0.5), (1, 0), (0, 1), (-1, -0.5), (-0.5, -1), (0, -1), (1, 1), (0.5, 1), (-1, 0), (-1, 1), (1, -0.5))
+OFFSETS = [(x * far, y * far) for far in (10, 18, 28, 40, 54, 70, 90) for x, y in SIDES]
+STEPS = [step / 20 for step in range(1, 20)]
+HEIGHT = 5.4  # of a panel, in inches
+RANGE = 2.4, 5.05  # bits that are shown
 
 
 def plot_quality(data: list[Row], path: Path) -> None:
@@ -47,19 +51,21 @@ def plot_quality(data: list[Row], path: Path) -> None:
     columns = 2 if len(shown) > 1 else 1
     lines = math.ceil(len(shown) / columns)
     with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(lines, columns, figsize=(6.6 * columns, 5.0 * lines), squeeze=False)
+        figure, axes = pyplot.subplots(lines, columns, figsize=(6.6 * columns, HEIGHT * lines), squeeze=False)
         for axis in axes.flat[len(shown) :]:
             axis.set_visible(False)
-        for axis, panel in zip(axes.flat, shown, strict=False):
+        used = axes.flat[: len(shown)]
+        for axis, panel in zip(used, shown, strict=True):
             draw(axis, panel, in_panel(data, panel))
         handles = {}
         for axis in axes.flat:
             found, labels = axis.get_legend_handles_labels()
             handles.update(zip(labels, found, strict=True))
         figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, frameon=False, fontsize=9)
-        figure.tight_layout(rect=(0, 0.9 / (5.0 * lines), 1, 1))
-        for axis in axes.flat[: len(shown)]:
-            name_peers(figure, axis)
+        figure.tight_layout(rect=(0, 0.9 / (HEIGHT * lines), 1, 1))
+        for axis, panel in zip(used, shown, strict=True):
+            named = [r for r in in_panel(data, panel) if not ours(r) and family(r) in NAMED]
+            name_peers(figure, axis, frontier(named))
         figure.savefig(path, dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
@@ -75,20 +81,16 @@ def draw(axis: Any, panel: tuple[str, str], data: list[Row]) -> None:
     axis.plot(*points(mine), "o", ls="", color="black", ms=3, alpha=0.3)
     axis.plot(*points(best), "o-", color="black", lw=2.2, ms=4.5, label="precal, its frontier", zorder=3)
     axis.fill_between(*points(best), 1e-9, color="black", alpha=0.05, lw=0)
-    klds = [r["kld_nats"] for r in best]
+    klds = [r["kld_nats"] for r in best if RANGE[0] <= r["bits_per_weight"] <= RANGE[1]]
     axis.set_yscale("log")
-    axis.set_xlim(2.0, 5.05)
+    axis.set_xlim(RANGE)
     # what is far above the frontier is left out
-    axis.set_ylim(min(klds) * 0.7, max(klds) * 2)
+    axis.set_ylim(min(klds) * 0.65, max(klds) * 1.8)
     axis.set_title(f"{panel[0]}, {panel[1].split('_')[0]}", loc="left", fontweight="bold")
     axis.set_xlabel("bits per weight, everything counted")
     axis.set_ylabel("KLD from full precision, nats per token")
     axis.grid(True, which="major", alpha=0.3)
     axis.grid(True, which="minor", alpha=0.1)
-    # rounding and the published recipe are known well enough from the legend
-    axis.strongest = frontier(
-        [r for r in peers if family(r) in ("ggml", "bitsandbytes", "auto-round", "hqq", "two-level")]
-    )
 
 
 def family(row: Row) -> str:
@@ -104,12 +106,22 @@ def points(data: list[Row]) -> tuple[list[float], list[float]]:
     return [bits for bits, _ in ordered], [kld for _, kld in ordered]
 
 
-def name_peers(figure: Any, axis: Any) -> None:
-    """The named peers that no other of them beats, by name, where the text covers least."""
+def name_peers(figure: Any, axis: Any, named: list[Row]) -> None:
+    """Write names beside marks, where the text covers least."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
+
     renderer = figure.canvas.get_renderer()
+    halo = [withStroke(linewidth=2, foreground="white", alpha=0.8)]
+
+    def extent(text: Any) -> Any:
+        """Of the text without its line."""
+        text.update_positions(renderer)
+        return Text.get_window_extent(text, renderer)
+
     drawn = axis.transData.transform([p for line in axis.lines for p in covered_by(line)])
     taken: list[Any] = []
-    for row in axis.strongest:
+    for row in named:
         name, color = row["format"], style(family(row))[0]
         for part, short in SHORT.items():
             name = name.replace(part, short)
@@ -118,15 +130,22 @@ def name_peers(figure: Any, axis: Any) -> None:
         if not (axis.get_xlim()[0] <= point[0] <= axis.get_xlim()[1] and low <= point[1] <= high):
             continue
 
-        def place(offset: tuple[int, int], name: str = name, point: Any = point, color: str = color) -> Any:
+        def place(offset: tuple[float, float], name: str = name, point: Any = point, color: str = color) -> Any:
             side = "left" if offset[0] > 0 else "right" if offset[0] < 0 else "center"
             line = {"arrowstyle": "-", "color": color, "lw": 0.7, "alpha": 0.7, "shrinkA": 0, "shrinkB": 3}
-            style_ = {"ha": side, "va": "center", "fontsize": 8, "color": color, "arrowprops": line}
+            style_ = {
+                "ha": side,
+                "va": "center",
+                "fontsize": 8,
+                "color": color,
+                "arrowprops": line,
+                "path_effects": halo,
+            }
             return axis.annotate(name, point, offset, textcoords="offset points", **style_)
 
-        def cost(offset: tuple[int, int]) -> float:
+        def cost(offset: tuple[float, float]) -> float:
             text = place(offset)
-            box = text.get_window_extent(renderer)
+            box = extent(text)
             text.remove()
             inside = (drawn > (box.x0 - 3, box.y0 - 2)) & (drawn < (box.x1 + 3, box.y1 + 2))
             outside = not axis.bbox.contains(box.x0, box.y0) or not axis.bbox.contains(box.x1, box.y1)
@@ -134,7 +153,7 @@ def name_peers(figure: Any, axis: Any) -> None:
             return covered + 50 * outside + math.hypot(*offset) / 8
 
         best = min(OFFSETS, key=cost)
-        taken.append(place(best).get_window_extent(renderer))
+        taken.append(extent(place(best)))
 
 
 def covered_by(line: Any) -> list[tuple[float, float]]:
@@ -144,5 +163,5 @@ def covered_by(line: Any) -> list[tuple[float, float]]:
     if line.get_linestyle() == "None":
         return pairs
     for (x0, y0), (x1, y1) in itertools.pairwise(pairs):
-        between += [(x0 + t * (x1 - x0), y0 * (y1 / y0) ** t) for t in (0.2, 0.4, 0.6, 0.8)]
+        between += [(x0 + t * (x1 - x0), y0 * (y1 / y0) ** t) for t in STEPS]
     return pairs + between

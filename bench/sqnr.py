@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,11 @@ def main() -> None:
                 if source == "precal":
                     restored, bits = precal_weights(case.weights, how)
                 else:
-                    done = [how(w.clone()) for w in case.weights]
+                    try:
+                        done = [how(w.clone()) for w in case.weights]
+                    except ValueError as error:  # auto_adpq: a group in which every weight is salient
+                        print(f"{case.name}: {label} refuses: {error}", file=sys.stderr)
+                        continue
                     restored = [r for r, _ in done]
                     bits = sum(b * r.numel() for r, b in done) / weights
                     if label.startswith("SINQ"):
