@@ -61,6 +61,12 @@ def by_groups(w: Tensor, group_size: int, run: Callable[[Tensor], Tensor]) -> Te
     return run(padded).reshape(w.shape[0], -1)[:, :K].float()
 
 
+def per_group(w: Tensor, group_size: int, bits: float) -> float:
+    """Bits per weight of what is stored once a group; a row that ends in part of a group pays for the whole one."""
+    K = w.shape[1]
+    return bits * math.ceil(K / group_size) / K
+
+
 def bitsandbytes_formats(bits: int) -> Iterator[tuple[str, Format]]:
     functional = importlib.import_module("bitsandbytes.functional")
     if bits != 4:
@@ -76,7 +82,7 @@ def bitsandbytes_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 return restored
 
             # double quantization: absmax in 8 bits, one 32-bit scale for 256 of them
-            return by_groups(w, 64, go), 4 + (8 / 64 + 32 / (64 * 256) if double else 16 / 64)
+            return by_groups(w, 64, go), 4 + per_group(w, 64, 8 + 32 / 256 if double else 16)
 
         return run
 
@@ -103,7 +109,7 @@ def hqq_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 restored: Tensor = quantizer.dequantize(codes, meta)
                 return restored
 
-            return by_groups(w, group_size, go), bits + 32 / group_size
+            return by_groups(w, group_size, go), bits + per_group(w, group_size, 32)
 
         return run
 
@@ -124,7 +130,7 @@ def auto_adpq_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 return torch.as_tensor(package.Auto_AdpQ(config=config).quantize_reconstruct(v.numpy())).float()
 
             # two 16-bit scales a group and an ideal list of positions: the published count
-            return by_groups(w, 128, go), bits + 32 / 128 + alpha * math.log2(128)
+            return by_groups(w, 128, go), bits + per_group(w, 128, 32) + alpha * math.log2(128)
 
         return run
 
@@ -134,7 +140,7 @@ def auto_adpq_formats(bits: int) -> Iterator[tuple[str, Format]]:
 
 def torchao_formats(bits: int) -> Iterator[tuple[str, Format]]:
     quantization = importlib.import_module("torchao.quantization")
-    per_group = importlib.import_module("torchao.quantization.granularity").PerGroup
+    granularity = importlib.import_module("torchao.quantization.granularity").PerGroup
     mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
 
     def intx(group_size: int, asymmetric: bool) -> Format:
@@ -144,14 +150,14 @@ def torchao_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 linear.weight.data = v.clone()
                 config = quantization.IntxWeightOnlyConfig(
                     weight_dtype=getattr(torch, f"int{bits}"),
-                    granularity=per_group(group_size),
+                    granularity=granularity(group_size),
                     mapping_type=mapping.ASYMMETRIC if asymmetric else mapping.SYMMETRIC,
                 )
                 quantization.quantize_(linear, config)
                 restored: Tensor = linear.weight.dequantize().detach()
                 return restored
 
-            return by_groups(w, group_size, go), bits + (16 + (bits if asymmetric else 0)) / group_size
+            return by_groups(w, group_size, go), bits + per_group(w, group_size, 16 + (bits if asymmetric else 0))
 
         return run
 
@@ -173,7 +179,7 @@ def quanto_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 restored: Tensor = q.dequantize()
                 return restored
 
-            return by_groups(w, group_size, go), 4 + 32 / group_size
+            return by_groups(w, group_size, go), 4 + per_group(w, group_size, 32)
 
         return run
 
@@ -195,7 +201,7 @@ def sinq_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 return restored
 
             # its default, "dual": scale and shift a group, a column scale, all in 16 bits
-            return by_groups(w, group_size, go), bits + 32 / group_size + 16 / w.shape[0]
+            return by_groups(w, group_size, go), bits + per_group(w, group_size, 32) + 16 / w.shape[0]
 
         return run
 
@@ -218,7 +224,7 @@ def auto_round_formats(bits: int) -> Iterator[tuple[str, Format]]:
                 codes = (restored.reshape(scale.shape[0], -1) / scale.float()).round()
                 return codes * scale.half().float()  # counted in 16 bits, so used in 16 bits
 
-            return by_groups(w, group_size, go), bits + (16 + (0 if symmetric else bits)) / group_size
+            return by_groups(w, group_size, go), bits + per_group(w, group_size, 16 + (0 if symmetric else bits))
 
         return run
 
@@ -287,9 +293,14 @@ def lab(bits: int) -> Iterator[tuple[str, str, Format]]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for group_size in (128, 64, 32):
-        yield f"RTN sym g{group_size}", "lab", module.rtn(bits, group_size)
-        yield f"RTN asym g{group_size}", "lab", module.rtn(bits, group_size, "asym")
-    yield "RTN asym g64, MSE scales", "lab", module.rtn(bits, 64, "asym", True)
-    yield "two-level g32 (k-quant-like)", "lab", module.two_level(bits, 32, 8, 6)
-    yield "two-level g16", "lab", module.two_level(bits, 16, 16, 4)
+
+    def counted(run: Format, *stored: tuple[int, float]) -> Format:
+        """Count (group size, bits a group) as a file holds them."""
+        return lambda w: (run(w)[0], bits + sum(per_group(w, size, cost) for size, cost in stored))
+
+    for g in (128, 64, 32):
+        yield f"RTN sym g{g}", "lab", counted(module.rtn(bits, g), (g, 16))
+        yield f"RTN asym g{g}", "lab", counted(module.rtn(bits, g, "asym"), (g, 16 + bits))
+    yield "RTN asym g64, MSE scales", "lab", counted(module.rtn(bits, 64, "asym", True), (64, 16 + bits))
+    yield "two-level g32 (k-quant-like)", "lab", counted(module.two_level(bits, 32, 8, 6), (32, 12), (256, 32))
+    yield "two-level g16", "lab", counted(module.two_level(bits, 16, 16, 4), (16, 8), (256, 32))

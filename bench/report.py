@@ -215,7 +215,8 @@ def quality_page(data: list[Row]) -> str:
         "counted and used in 16 bits. `lab` is plain torch code for formats that no package here offers. KLD in",
         "nats per token, +/- one standard error; dNLL is the paired difference from full precision. The models are",
         "tiny: in rows of 64 to 768 weights, row scales (16 bits a row) and outliers weigh more than in a large",
-        "model, and formats with blocks of 256 are not charged for the zeros that fill their last one.",
+        "model, and a row that ends in part of a group pays for the whole one. ggml alone is counted at its formats'",
+        "nominal bits: it would not use blocks of 256 on rows that they do not divide (all models but llama-6m).",
         "",
         "## Targets",
         "",
@@ -279,7 +280,7 @@ GPT-2: eight attention projections of GPT-2, 768x768. The others are synthetic, 
 rows of 11008: Gaussian; Student t with 10, 6, 4, 3 degrees of freedom; Laplace; Gaussian with 20 columns 10 times
 larger; Gaussian with one run of 256 weights 256 times larger in every row ("loud groups": the SQNR of the other
 weights). Bits are those of the matrices with 4096 columns. A dash: the package refuses the matrix (auto_adpq, where
-every weight of a group is salient), or nothing of ours has so few bits."""
+every weight of a group is salient), nothing of ours has so few bits, or it was not run (NeUQI, which is slow)."""
 
 
 def sqnr_page(data: list[Row]) -> str:
