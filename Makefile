@@ -12,7 +12,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
 
-.PHONY: demo test lint build bench-recipes clean
+.PHONY: demo test lint build bench-recipes bench-quality clean
 
 demo: $(VENV)/.build-tools
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation ".[hf]"
@@ -36,6 +36,13 @@ $(VENV)/.build-tools:
 # The table of docs/results.md; needs ../shared for the development models and texts.
 bench-recipes: build
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/recipes.py
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
+
+# precal's rows of docs/quality.md and docs/sqnr.md; other packages' rows stay as they are (bench/README.md).
+bench-quality: build
+	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[bench]"
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/quality.py --ours
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/sqnr.py --ours
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
 
 clean:

@@ -1,0 +1,92 @@
+"""The benches keep the rows they were not asked to make again, and measure what they say."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_rows", ROOT / "bench" / "rows.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(format_: str, source: str, value: int = 0) -> dict[str, Any]:
+    return {"model": "m", "format": format_, "source": source, "value": value}
+
+
+def write(path: Path, *found: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in found))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def options(path: Path, only: str = "", missing: bool = False) -> argparse.Namespace:
+    return argparse.Namespace(out=path, only=only, missing=missing)
+
+
+def test_a_new_row_takes_the_place_of_the_old_one(rows: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, row("ours a", "precal"), row("hqq", "hqq 1.0"))
+    results = rows.Results(options(path, only="^ours"), ("model", "format"))
+    assert results.wants(row("ours a", "precal")) and not results.wants(row("hqq", "hqq 1.0"))
+    results.put(row("ours a", "precal", 1))
+    assert read(path) == [row("ours a", "precal", 1), row("hqq", "hqq 1.0")]
+
+
+def test_formats_that_no_longer_exist_go_with_their_package_only(rows: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    other_model = {**row("ours old", "precal"), "model": "other"}
+    write(path, row("ours old", "precal"), row("hqq", "hqq 1.0"), row("nf4", "bnb 1.0"), other_model)
+    results = rows.Results(options(path), ("model", "format"))
+    results.put(row("ours new", "precal", 1))
+    results.put(row("hqq g64", "hqq 2.0", 1))
+    results.drop_gone()
+    assert {(r["model"], r["format"]) for r in read(path)} == {
+        ("m", "ours new"),
+        ("m", "hqq g64"),
+        ("m", "nf4"),
+        ("other", "ours old"),
+    }
+
+
+def test_after_a_stop_only_missing_rows_are_wanted(rows: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path, row("a", "precal"))
+    results = rows.Results(options(path, missing=True), ("model", "format"))
+    assert not results.wants(row("a", "precal")) and results.wants(row("b", "precal"))
+    results.put(row("b", "precal"))
+    results.drop_gone()
+    assert [r["format"] for r in read(path)] == ["a", "b"]
+
+
+def test_sqnr_of_one_recipe_on_one_matrix(tmp_path: Path) -> None:
+    path = tmp_path / "sqnr.jsonl"
+    kept = {"matrix": "Gaussian", "width": 4, "format": "hqq g64", "source": "hqq 1.0", "sqnr_db": 1.0}
+    write(path, kept)
+    command = ["bench/sqnr.py", "--ours", "--bits", "4", "--matrices", "^Gaussian$", "--only", "^precal g64, c = 0$"]
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first, made = read(path)
+    assert first == kept
+    # 16 levels under a searched scale per 64 Gaussian weights: between plain rounding and the rate-distortion limit
+    assert 4.1 < made["bits_per_weight"] < 4.3
+    assert 19.5 < made["sqnr_db"] < 6.02 * made["bits_per_weight"]
