@@ -5,12 +5,14 @@ Built as an element tree, so that names out of a checkpoint are escaped wherever
 
 from __future__ import annotations
 
+import itertools
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 FULL, HALF = 1000, 486  # widths in the units of the page's column, whose font sizes then hold in drawings too
+_MINUS = "\N{MINUS SIGN}"
 _CHAR = 6.6  # width of a character of a label, about
 
 
@@ -61,21 +63,26 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], start: float, end: float, margin: float = 0.12) -> Axis:
-        """Wide enough for the values; a margin keeps the outermost off the frame, equal values get room of their own."""
+        """Wide enough for the values, the outermost off the frame; equal values get room of their own."""
         lo, hi = min(values), max(values)
         room = (hi - lo) * margin or max(abs(hi) * 0.02, 1e-3)
         return cls(lo - room, hi + room, start, end)
 
-    def ticks(self, about: int = 5) -> list[float]:
+    def ticks(self, about: int = 5) -> list[tuple[float, str]]:
+        """Round values and their labels, all with the decimals that the step needs."""
         step = 10.0 ** math.floor(math.log10((self.hi - self.lo) / about))
         step *= next((m for m in (1, 2, 5) if (self.hi - self.lo) / (step * m) <= about), 10)
         first = math.ceil(self.lo / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.hi / step + 1e-9) + 1)]
+        decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+        values = [i * step for i in range(first, math.floor(self.hi / step + 1e-9) + 1)]
+        if decimals > 6 or self.hi >= 1e7:
+            return [(v, number(v)) for v in values]
+        return [(v, "0" if abs(v) < step / 2 else f"{v:.{decimals}f}".replace("-", _MINUS)) for v in values]
 
 
 def number(value: float) -> str:
-    """A tick's label: as short as it may be."""
-    return "0" if abs(value) < 1e-12 else f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
+    """A label as short as it may be."""
+    return f"{value:.4g}".replace("-", _MINUS)
 
 
 def shorten(text: str, room: float) -> str:
@@ -117,9 +124,9 @@ def per_layer(points: Sequence[tuple[int, float, float, float]], unit: str, digi
     layers = [p[0] for p in points]
     x = Axis(min(layers) - 0.5, max(layers) + 0.5, left, HALF - 12)
     d.text(0, 14, unit, "label")
-    for tick in y.ticks():
+    for tick, text in y.ticks():
         d.line(left, y(tick), HALF - 12, y(tick))
-        d.text(left - 8, y(tick) + 4, number(tick), anchor="end")
+        d.text(left - 8, y(tick) + 4, text, anchor="end")
     every = max(1, math.ceil(len(layers) / 16))
     for layer in layers[::every]:
         d.text(x(layer), height - bottom + 18, str(layer), anchor="middle")
@@ -136,18 +143,20 @@ def per_layer(points: Sequence[tuple[int, float, float, float]], unit: str, digi
     return str(d)
 
 
-def per_kind(kinds: Sequence[tuple[str, float, Sequence[tuple[str, float]]]], unit: str, digits: int, label: str) -> str:
+def per_kind(
+    kinds: Sequence[tuple[str, float, Sequence[tuple[str, float]]]], unit: str, digits: int, label: str
+) -> str:
     """(kind, all of it, [(weight, value)]): a dot per weight, a bar at the whole."""
-    left, right, row, top = 150, 58, 24, 28
-    height = max(250, top + row * len(kinds) + 34)
-    row = min(34, (height - top - 34) / len(kinds))
+    left, right, top = 150, 58, 28
+    height = max(250, top + 24 * len(kinds) + 34)
+    row = min(34.0, (height - top - 34) / len(kinds))
     d = Drawing(HALF, height, label)
     x = Axis.around([v for _, all_, each in kinds for v in (all_, *(e for _, e in each))], left, HALF - right, 0.06)
     d.text(HALF, 14, unit, anchor="end")
     bottom = top + row * len(kinds)
-    for tick in x.ticks(4):
+    for tick, text in x.ticks(5):
         d.line(x(tick), top - 4, x(tick), bottom)
-        d.text(x(tick), bottom + 18, number(tick), anchor="middle")
+        d.text(x(tick), bottom + 18, text, anchor="middle")
     for i, (kind, whole, each) in enumerate(kinds):
         middle = top + row * (i + 0.5)
         d.text(left - 10, middle + 4, shorten(kind, left - 10), anchor="end")
@@ -160,14 +169,20 @@ def per_kind(kinds: Sequence[tuple[str, float, Sequence[tuple[str, float]]]], un
 
 
 def heat_map(
-    kinds: Sequence[str], layers: Sequence[int], values: Sequence[Sequence[float]], digits: int, label: str
+    kinds: Sequence[str],
+    layers: Sequence[int],
+    values: Sequence[Sequence[float]],
+    digits: int,
+    large_is_worse: bool,
+    label: str,
 ) -> str:
-    """A cell for every kind and layer, stronger where the value is larger; NaN is left empty."""
+    """A cell for every kind and layer, stronger where the value is worse; NaN is left empty."""
     left, row = 150, 24
     d = Drawing(FULL, row * len(kinds) + 26, label)
-    width = min(96.0, (FULL - left) / len(layers))
-    known = [v for line in values for v in line if math.isfinite(v)]
-    lo, hi = min(known), max(known)
+    width = min(144.0, (FULL - left) / len(layers))
+    known = sorted(v for line in values for v in line if math.isfinite(v))
+    # One odd matrix must not take all the colour from the others.
+    lo, hi = known[len(known) // 50], known[-1 - len(known) // 50]
     every = max(1, math.ceil(22 / width))
     for j, layer in enumerate(layers):
         if j % every == 0:
@@ -178,12 +193,13 @@ def heat_map(
             value = values[i][j]
             if not math.isfinite(value):
                 continue
-            strength = (value - lo) / (hi - lo) if hi > lo else 0.5
+            strength = min(max((value - lo) / (hi - lo), 0.0), 1.0) if hi > lo else 0.5
+            strength = strength if large_is_worse else 1 - strength
             x, tip = left + j * width, f"layer {layer}, {kind}: {value:.{digits}f}"
             box = {"x": x, "y": row * i, "width": max(0.8, width - 1.5), "height": row - 1.5}
             d.add("rect", "heat", tip, fill_opacity=0.1 + 0.9 * strength, **box)
             if width >= _CHAR * (digits + 4):
-                css = "label on-heat" if strength > 0.5 else "label strong"
+                css = "label on-heat" if strength > 0.6 else "label strong"
                 d.text(x + width / 2 - 0.75, row * i + row / 2 + 3.5, f"{value:.{digits}f}", css, "middle")
     return str(d)
 
@@ -208,8 +224,8 @@ def weight_histogram(
     threshold: float | None,
     label: str,
 ) -> str:
-    """Histograms over [-half, half] on a logarithmic scale: the weights before and after, and those kept as outliers."""
-    height, left, top, bottom = 190, 46, 20, 30
+    """Histograms over [-half, half], logarithmic: the weights before and after, and those kept as outliers."""
+    height, left, top, bottom = 190, 58, 20, 30
     d = Drawing(HALF, height, label)
     total = max(1, sum(after))
     x = Axis(-half, half, left, HALF - 8)
@@ -224,8 +240,8 @@ def weight_histogram(
         if power <= y.hi and (power - lowest) % (2 if y.hi - lowest > 4.5 else 1) == 0:
             d.line(left, y(power), HALF - 8, y(power))
             d.text(left - 7, y(power) + 4, f"{100 * 10.0**power:.6g}\N{NARROW NO-BREAK SPACE}%", anchor="end")
-    for tick in x.ticks(6):
-        d.text(x(tick), height - bottom + 17, number(tick), anchor="middle")
+    for tick, text in x.ticks(6):
+        d.text(x(tick), height - bottom + 17, text, anchor="middle")
     edges = [-half + 2 * half * i / len(after) for i in range(len(after) + 1)]
     if before is not None:
         d.path(_steps(logs(before), edges, x, y), "before", closed=True)
@@ -236,7 +252,13 @@ def weight_histogram(
     if threshold is not None and 0 < threshold < half:
         for sign in (-1, 1):
             d.line(x(sign * threshold), top, x(sign * threshold), height - bottom, "threshold")
-        d.text(x(threshold), top - 6, f"\N{PLUS-MINUS SIGN}\N{SQUARE ROOT}\N{GREEK SMALL LETTER LAMDA} = {threshold:.3g}", "label hot", "middle")
+        d.text(
+            x(threshold),
+            top - 6,
+            f"\N{PLUS-MINUS SIGN}\N{SQUARE ROOT}\N{GREEK SMALL LETTER LAMDA} = {threshold:.3g}",
+            "label hot",
+            "middle",
+        )
     return str(d)
 
 
@@ -284,7 +306,7 @@ def level_histogram(
 
 def cell_edges(levels: Sequence[float]) -> list[float]:
     """Midpoints between distinct increasing levels, and as far again beyond the outermost."""
-    middles = [(a + b) / 2 for a, b in zip(levels[:-1], levels[1:], strict=True)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
     if not middles:
         return [levels[0] - 1, levels[0] + 1]
     return [2 * levels[0] - middles[0], *middles, 2 * levels[-1] - middles[-1]]

@@ -418,7 +418,7 @@ def _report(args: argparse.Namespace) -> int:
     original = None if args.original is None else _resolve_model(args.original)
     loss = None
     content = html_report.gather(Path(args.model), original)
-    if args.text is not None:
+    if args.text is not None and original is not None:
         model, tokenizer = ev.load(args.model)
         reference, _ = ev.load(original)
         windows = ev.read_windows(tokenizer, Path(args.text), ev.DEFAULT_WINDOW, args.limit)

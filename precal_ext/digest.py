@@ -11,4 +11,4 @@ from torch import Tensor
 def sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes as a safetensors file holds them, hexadecimal."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy()).hexdigest()
+    return hashlib.sha256(data.numpy().data).hexdigest()

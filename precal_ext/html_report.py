@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import re
@@ -22,11 +21,12 @@ from precal_ext import charts, ops
 from precal_ext._version import __version__
 from precal_ext.checkpoint import TensorInfo
 from precal_ext.evaluate import Evaluation
-from precal_ext.measure import level_range, outlier_mask, scale_amplitude, sqnr_db
+from precal_ext.measure import level_range, outlier_mask, scale_amplitude
 from precal_ext.qtensor import QTensor
-from precal_ext.survey import Original, Row, Stored, printable, rows, sort_rows, take_rows, total
+from precal_ext.survey import KEYS, Original, Row, Stored, printable, rows, sort_rows, take_rows, total
 
 WORST = 10
+UNKNOWN = "\N{EN DASH}"
 SAMPLE = 1 << 22  # weights of a tensor that go into its histograms
 _WEIGHT_BINS = 162  # of the histogram in units of the weights
 _BINS_PER_LEVEL = 4
@@ -38,11 +38,11 @@ _PARTS = {
     "outlier": ("c-outliers", "outliers"),
     "row_scale": ("c-rows", "row scales and grids"),
     "grid": ("c-rows", "row scales and grids"),
-    "shape": ("c-rows", "row scales and grids"),
+    "shape": ("c-vectors", "norms, biases, other"),  # 16 bytes a matrix, no rate
 }
 _DENSE = ("c-dense", "matrices left alone")
 _VECTORS = ("c-vectors", "norms, biases, other")
-_LINEARS = ("c-linears", "the same linears before")
+_LINEARS = ("c-linears", "the quantized matrices, before")
 _ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -185,11 +185,12 @@ def _in_levels(
         if w is not None:
             before += count(w, -half)
     at = [int((level + half) * _BINS_PER_LEVEL) for level in levels]
-    # Two bins a level on the page: finer ones show the noise of a small tensor, not its shape.
-    pooled = before.reshape(-1, _BINS_PER_LEVEL // 2 if not spec.uniform else 1).sum(1)
-    step = max(1, len(pooled) // 512)
-    pooled = pooled.reshape(-1, step).sum(1)
-    return half, levels, [int(mass[i]) for i in at], None if w is None else pooled.tolist()
+    # Bins of a small tensor hold so few weights that their noise would hide its shape.
+    shown = bins
+    while shown > 64 and shown * 400 > spec.N * spec.K:
+        shown //= 2
+    pooled = None if w is None else before.reshape(shown, -1).sum(1).tolist()
+    return half, levels, [int(mass[i]) for i in at], pooled
 
 
 # ---- what the page says ---------------------------------------------------------------------------------------------
@@ -239,12 +240,12 @@ def _context(content: Content, loss: tuple[str, Evaluation] | None) -> dict[str,
         "typical": [_panel(row, d) for row, d in content.typical],
         "worst": [_panel(row, d) for row, d in content.worst],
         "worst_share": _percent(sum(r.noise for r, _ in content.worst) / all_.noise) if known and all_.noise else "",
+        "known": known,
         "has_original": content.original is not None,
         "original": "" if content.original is None else printable(content.original.folder.resolve().name),
         "split": stored.format.config.split,
         "rows": [_row(row) for row in content.rows],
         "total": _row(all_),
-        "legend": [_PARTS[key] for key in ("packed", "scale", "outlier", "grid")] + [_DENSE, _VECTORS],
     }
 
 
@@ -268,10 +269,17 @@ def _tiles(content: Content, all_: Row) -> list[tuple[str, str, str]]:
         (f"{all_.bits_per_weight:.3f}", "bits per weight", "of the quantized weights, everything counted"),
         (_number(all_.sqnr_db, 2), "dB SQNR", "signal over error, all weights pooled"),
         (_number(all_.kl_nats, 4), "nats KL", "from the weights' distribution, mean"),
-        (_megabytes(after), "MB", f"from {_megabytes(before)} MB, {before / after:.2f}\N{MULTIPLICATION SIGN} smaller" if before else "of tensors"),
+        (
+            _megabytes(after),
+            "MB",
+            f"from {_megabytes(before)} MB, {before / after:.2f}\N{MULTIPLICATION SIGN} smaller"
+            if before
+            else "of tensors",
+        ),
     ]
     count = f"{all_.weights / 1e6:,.1f}" if all_.weights < 1e9 else f"{all_.weights / 1e9:,.2f}"
     unit = "million weights" if all_.weights < 1e9 else "billion weights"
+    tiles = [tile for tile in tiles if tile[0] != UNKNOWN]
     return [*tiles, (count, unit, f"quantized, in {len(content.rows)} matrices")]
 
 
@@ -308,13 +316,15 @@ def _part_of(key: str) -> tuple[str, str]:
 
 def _parts(stored: Stored) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
     """Bytes of the quantized weights by what they are for, and of everything else."""
-    weights: dict[tuple[str, str], int] = {part: 0 for part in _PARTS.values()}
+    weights: dict[tuple[str, str], int] = {part: 0 for part in _PARTS.values() if part != _VECTORS}
+    others = {_DENSE: 0, _VECTORS: 0}
     for module, keys in stored.modules.items():
         for key in keys:
             info = stored.index[f"{module}.{key}"]
-            if key.startswith("weight_"):
-                weights[_part_of(key)] += info.nbytes
-    others = {_DENSE: 0, _VECTORS: 0}
+            if key in KEYS:
+                part = _part_of(key)
+                parts = others if part == _VECTORS else weights
+                parts[part] += info.nbytes
     for info in stored.dense:
         others[_class(info)] += info.nbytes
     return weights, others
@@ -363,6 +373,8 @@ def _bits(content: Content, weights: dict[tuple[str, str], int], others: dict[tu
     return {
         "bars": Markup(charts.size_bars(bars, "Sizes of the tensors before and after quantization, by purpose")),
         "table": table,
+        "size": _megabytes(size),
+        "all": f"{8 * sum(weights.values()) / count:.4f}",
         "left": [f"{printable(i.name)} ({_megabytes(i.nbytes)} MB)" for i in biggest if len(i.shape) >= 2],
         "has_before": before > left,
         "linears": _LINEARS,
@@ -376,13 +388,12 @@ def _figures(found: Sequence[Row]) -> dict[str, Any]:
     kinds = sorted({r.kind for r in finite})
     charted: dict[str, Any] = {"exact": len([r for r in found if r.sqnr_db == math.inf])}
     for key, field, unit, digits, title in (
-        ("sqnr", "sqnr_db", "SQNR, dB", 2, "SQNR in dB"),
-        ("kl", "kl_nats", "KL, nats", 4, "KL in nats"),
+        ("sqnr", "sqnr_db", "dB", 2, "SQNR in dB"),
+        ("kl", "kl_nats", "nats", 4, "KL in nats"),
     ):
 
         def whole(members: Sequence[Row], field: str = field) -> float:
-            pooled = total(members)
-            return float(getattr(pooled, field))
+            return float(getattr(total(members), field)) if members else math.nan
 
         points = []
         for layer in layers:
@@ -394,7 +405,9 @@ def _figures(found: Sequence[Row]) -> dict[str, Any]:
             members = [r for r in finite if r.kind == kind]
             by_kind.append((kind, whole(members), [(printable(r.tensor), getattr(r, field)) for r in members]))
         shown = [printable(kind) for kind in kinds]
-        grid = [[_mean(r, kind, layer, finite, field) for layer in layers] for r, kind in enumerate(kinds)]
+        grid = [
+            [whole([r for r in finite if (r.kind, r.layer) == (kind, layer)]) for layer in layers] for kind in kinds
+        ]
         charted[key] = {
             "layer": Markup(charts.per_layer(points, unit, digits, f"{title} per layer")) if points else None,
             "kind": Markup(
@@ -402,16 +415,13 @@ def _figures(found: Sequence[Row]) -> dict[str, Any]:
                     [(printable(k), v, e) for k, v, e in by_kind], unit, digits, f"{title} per kind of module"
                 )
             ),
-            "heat": Markup(charts.heat_map(shown, layers, grid, digits, f"{title} of every kind in every layer"))
+            "heat": Markup(
+                charts.heat_map(shown, layers, grid, digits, key == "kl", f"{title} of every kind in every layer")
+            )
             if layers
             else None,
         }
     return charted
-
-
-def _mean(_: int, kind: str, layer: int, found: Sequence[Row], field: str) -> float:
-    members = [r for r in found if r.kind == kind and r.layer == layer]
-    return float(getattr(total(members), field)) if members else math.nan
 
 
 def _panel(row: Row, d: Distribution) -> dict[str, Any]:
@@ -442,7 +452,7 @@ def _row(row: Row) -> dict[str, Any]:
         "group": row.group_size or "",
         "c": row.c,
         "grid": row.grid,
-        "alpha": _percent(row.alpha) if math.isfinite(row.alpha) else "-",
+        "alpha": _percent(row.alpha) if math.isfinite(row.alpha) else UNKNOWN,
         "sqnr": _number(row.sqnr_db, 2),
         "kl": _number(row.kl_nats, 4),
         "bpw": f"{row.bits_per_weight:.3f}",
@@ -452,7 +462,7 @@ def _row(row: Row) -> dict[str, Any]:
 def _number(value: float, digits: int) -> str:
     if value == math.inf:
         return "exact"
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+    return f"{value:.{digits}f}" if math.isfinite(value) else UNKNOWN
 
 
 def _percent(share: float) -> str:

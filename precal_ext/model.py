@@ -175,9 +175,7 @@ def _check_headers(source: str, given: set[str], spec: WeightSpec, stored: Mappi
         raise CheckpointError(problem)
 
 
-def header_problems(
-    source: str, given: set[str], spec: WeightSpec, stored: Mapping[str, TensorInfo]
-) -> Iterator[str]:
+def header_problems(source: str, given: set[str], spec: WeightSpec, stored: Mapping[str, TensorInfo]) -> Iterator[str]:
     """Where the headers of a quantized weight differ from what its settings imply.
 
     Args:

@@ -160,8 +160,8 @@ class Stored:
         words = packed.shape[1] if len(packed.shape) == 2 else -1
         if K < 0 or len(packed.shape) != 2 or packed.shape[0] != N or -(-K * settings.bits // 32) != words:
             raise CheckpointError(
-                f"{packed.file}: {packed.name} must be torch.int32 [N, ceil(K * {settings.bits} / 32)] for weight_shape "
-                f"{[N, K]} and {settings.bits} bits, got {packed.dtype} {list(packed.shape)}"
+                f"{packed.file}: {packed.name} must be torch.int32 [N, ceil(K * {settings.bits} / 32)] for "
+                f"{settings.bits} bits and weight_shape {[N, K]}, got {packed.dtype} {list(packed.shape)}"
             )
         return WeightSpec.from_config(N, K, settings)
 
@@ -216,7 +216,9 @@ def take_rows(q: QTensor, limit: int) -> tuple[QTensor, Tensor]:
     chosen = torch.arange(rows) * q.spec.N // rows
     spec = dataclasses.replace(q.spec, N=rows)
     tensors = {
-        key: t if key == "weight_grid" else t[chosen].contiguous() for key, t in q.tensors.items() if key != "weight_shape"
+        key: t if key == "weight_grid" else t[chosen].contiguous()
+        for key, t in q.tensors.items()
+        if key != "weight_shape"
     }
     tensors["weight_shape"] = torch.tensor([rows, spec.K], dtype=torch.int64)
     return QTensor(spec, tensors), chosen

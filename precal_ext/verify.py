@@ -202,7 +202,7 @@ def _against_report(stored: Stored, recorded: Recorded, specs: Mapping[str, Weig
         if name.rpartition(".")[2] not in KEYS:  # those of quantized weights are named by their module
             problems.append(f"{stored.folder}: {name} must be there as the report says, got nothing")
     for name in sorted(stored.index.keys() - wanted) if wanted else ():
-        module, _, key = name.rpartition(".")
+        module = name.rpartition(".")[0]
         if module not in stored.modules or module in specs:
             problems.append(f"{stored.index[name].file}: {name} must be in the report, got a tensor that is not")
     return problems
@@ -304,7 +304,9 @@ def _check_model(result: Verification, stored: Stored, specs: Mapping[str, Weigh
     for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"):
         layers = stored.config.get(key, 0)
         if not isinstance(layers, int) or layers > len(stored.index):
-            at_most = f"{stored.folder / 'config.json'}: {key} must be at most the {len(stored.index)} tensors there are"
+            at_most = (
+                f"{stored.folder / 'config.json'}: {key} must be at most the {len(stored.index)} tensors there are"
+            )
             result.check("model", "", [f"{at_most}, got {str(layers)[:40]}"])
             return
     try:
@@ -336,16 +338,18 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
     problems: list[str] = []
     linears = find_linear_modules(model)
     known: set[str] = set()
-    for name, module in linears.items():
+    for name, linear in linears.items():
         source = next((v for v in variants(name, prefix) if v in stored.modules), None)
         if source is None:
-            if stored.format.converts(name, prefix) and any(f"{v}.weight" in stored.index for v in variants(name, prefix)):
+            if stored.format.converts(name, prefix) and any(
+                f"{v}.weight" in stored.index for v in variants(name, prefix)
+            ):
                 problems.append(f"{config}: modules_to_not_convert must name {name}, its weight is not quantized")
             continue
         known |= {source, f"{name}.weight"}
-        shape = [module.out_features, module.in_features]
-        if source in specs and [specs[source].N, specs[source].K] != shape:
-            got = [specs[source].N, specs[source].K]
+        spec, shape = specs.get(source), [linear.out_features, linear.in_features]
+        if spec is not None and shape != [spec.N, spec.K]:
+            got = [spec.N, spec.K]
             problems.append(f"{stored.folder}: {source} must be {shape} for the model of config.json, got {got}")
         if not stored.format.converts(name, prefix):
             problems.append(f"{config}: modules_to_not_convert must not name {name}, its weight is quantized")
@@ -360,15 +364,15 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
                 problems.append(f"{stored.folder}: {name} must be there for the model of config.json, got nothing")
             continue
         found.add(source)
-        got, want = stored.index[source].shape, tuple(tensor.shape)
-        if got != want:
-            problems.append(f"{stored.folder}: {source} must be {list(want)} for the model of config.json, got {list(got)}")
+        there, shape = list(stored.index[source].shape), list(tensor.shape)
+        if there != shape:
+            problems.append(f"{stored.folder}: {source} must be {shape} for the model of config.json, got {there}")
     # What a report lists came with the original: old checkpoints hold buffers that today's model computes.
     listed = stored.recorded.shapes.keys() if stored.recorded is not None else set()
-    for source in stored.index.keys() - found - listed:
-        module, _, key = source.rpartition(".")
+    for extra in stored.index.keys() - found - listed:
+        module, _, key = extra.rpartition(".")
         if not (key in KEYS and module in stored.modules):
-            problems.append(f"{stored.index[source].file}: {source} must belong to the model, got no such tensor in it")
+            problems.append(f"{stored.index[extra].file}: {extra} must belong to the model, got no such tensor in it")
     return sorted(problems)
 
 
