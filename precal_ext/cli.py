@@ -399,7 +399,7 @@ def _inspect(args: argparse.Namespace) -> int:
         shape = f"{row.N} x {row.K}" if row is not total else f"{row.weights:,}"
         settings = f"{row.bits:>4} {row.group_size:>6} {row.c:>2}" if row is not total else " " * 14
         print(
-            f"{survey.printable(row.tensor):{width}} {shape:>13} {settings}  {number(row.alpha, 6):>8} "
+            f"{survey.printable(row.tensor):{width}} {shape:>13} {settings} {number(row.alpha, 6):>8} "
             f"{number(row.sqnr_db, 2):>8} {number(row.kl_nats, 4):>8} {row.bits_per_weight:>7.3f}"
         )
     return EXIT_OK

@@ -1,6 +1,6 @@
 """Judging a file before it is opened: what a safetensors header claims, and whether a path stays in its directory.
 
-safetensors' own reader takes the last of two equal keys, and shapes such as [0, 2**63]; its messages are for programmers.
+safetensors' own reader takes the last of two equal keys, and shapes such as [0, 2**63]; it does not say what to do.
 """
 
 from __future__ import annotations

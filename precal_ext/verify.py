@@ -324,12 +324,12 @@ def _check_model(result: Verification, stored: Stored, specs: Mapping[str, Weigh
 
 def _empty_model(folder: Path) -> tuple[Any, bool]:
     import transformers
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return model, bool(get_checkpoint_conversion_mapping(str(config.model_type)))
+    return model, bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) -> list[str]:
@@ -351,7 +351,7 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
         if spec is not None and shape != [spec.N, spec.K]:
             got = [spec.N, spec.K]
             problems.append(f"{stored.folder}: {source} must be {shape} for the model of config.json, got {got}")
-        if not stored.format.converts(name, prefix):
+        if stored.format.converts(source) and not stored.format.converts(name, prefix):
             problems.append(f"{config}: modules_to_not_convert must not name {name}, its weight is quantized")
     for source in stored.modules.keys() - known:
         problems.append(f"{stored.folder}: {source} must be a linear layer of the model, got quantized tensors of none")
