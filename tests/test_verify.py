@@ -348,8 +348,10 @@ CONFIG: list[tuple[str, Callable[[Path], None], str]] = [
     ("layers", lambda f: edit_config(f, num_hidden_layers=3), "model.layers.2.mlp.up_proj.weight must be there"),
     ("fewer layers", lambda f: edit_config(f, num_hidden_layers=1), "model.layers.1.mlp.up_proj must be a linear"),
     ("width", lambda f: edit_config(f, intermediate_size=64), f"{UP} must be [64, 32] for the model of config.json"),
-    ("a billion layers", lambda f: edit_config(f, num_hidden_layers=10**9), "num_hidden_layers must be at most the "),
-    ("layers in words", lambda f: edit_config(f, num_hidden_layers="two"), "num_hidden_layers must be at most the "),
+    ("a billion layers", lambda f: edit_config(f, num_hidden_layers=10**9), "num_hidden_layers must be an integer"),
+    ("a billion inside", lambda f: edit_config(f, text_config={"n_layers": 10**9}), "n_layers must be an integer"),
+    ("a billion experts", lambda f: edit_config(f, num_experts=10**9), "num_experts must be an integer, at most 1024"),
+    ("layers in words", lambda f: edit_config(f, num_hidden_layers="two"), "num_hidden_layers must be an integer"),
 ]  # fmt: skip
 
 
