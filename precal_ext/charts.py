@@ -85,6 +85,12 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("-", _MINUS)
 
 
+def _power_of_ten(exponent: int) -> str:
+    if exponent >= -3:
+        return f"{10.0**exponent:g}"
+    return "10\N{SUPERSCRIPT MINUS}" + "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(-exponent))
+
+
 def shorten(text: str, room: float) -> str:
     """The end of a name is what tells it from others."""
     most = max(4, int(room / _CHAR))
@@ -239,7 +245,7 @@ def weight_histogram(
     for power in range(lowest, 1):
         if power <= y.hi and (power - lowest) % (2 if y.hi - lowest > 4.5 else 1) == 0:
             d.line(left, y(power), HALF - 8, y(power))
-            d.text(left - 7, y(power) + 4, f"{100 * 10.0**power:.6g}\N{NARROW NO-BREAK SPACE}%", anchor="end")
+            d.text(left - 7, y(power) + 4, _power_of_ten(power + 2) + "\N{NARROW NO-BREAK SPACE}%", anchor="end")
     for tick, text in x.ticks(6):
         d.text(x(tick), height - bottom + 17, text, anchor="middle")
     edges = [-half + 2 * half * i / len(after) for i in range(len(after) + 1)]

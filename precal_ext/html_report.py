@@ -186,7 +186,7 @@ def _in_levels(
             before += count(w, -half)
     at = [int((level + half) * _BINS_PER_LEVEL) for level in levels]
     # Bins of a small tensor hold so few weights that their noise would hide its shape.
-    shown = bins
+    shown = min(bins, 256)
     while shown > 64 and shown * 400 > spec.N * spec.K:
         shown //= 2
     pooled = None if w is None else before.reshape(shown, -1).sum(1).tolist()

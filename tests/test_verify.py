@@ -10,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import Run, altered, edit_config, save_tiny, stored_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -486,6 +489,44 @@ def test_names_cannot_move_the_cursor(copy: Path, run: Run) -> None:
     _, out, _ = run("verify", copy)
     assert "\x1b" not in out
     assert r"evil\x1b[2Jname must belong to the model" in out
+
+
+def spoil(folder: Path, changes: list[tuple[int, int, int]], cut: int | None) -> bool:
+    """Change bytes of the three files (each change: which, where, value), or cut one; whether weights changed."""
+    files = [folder / name for name in ("model.safetensors", "config.json", "precal_report.json")]
+    spoiled = False
+    for which, at, value in changes:
+        data = bytearray(files[which].read_bytes())
+        at %= len(data)
+        begin = 8 + int.from_bytes(data[:8], "little")
+        spoiled |= which == 0 and at >= begin and data[at] != value
+        data[at] = value
+        files[which].write_bytes(data)
+    if cut is not None:
+        data = bytearray(files[cut % 3].read_bytes())
+        files[cut % 3].write_bytes(data[: cut % len(data)])
+        spoiled |= cut % 3 == 0
+    return spoiled
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=3),
+    st.none() | st.integers(0, 1 << 20),
+)
+@hypothesis.settings(max_examples=30)
+def test_no_damage_is_raised_and_none_to_weights_passes(
+    tiny_quantized: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[tuple[int, int, int]],
+    cut: int | None,
+) -> None:
+    folder = shutil.copytree(tiny_quantized, tmp_path_factory.mktemp("spoiled") / "copy")
+    spoiled = spoil(folder, changes, cut)
+    result = verify(folder)
+    # A report whose digests are gone, or no report, cannot tell.
+    if spoiled and (folder / "precal_report.json").read_bytes() == (tiny_quantized / "precal_report.json").read_bytes():
+        assert not result.sound
+    json.dumps(result.to_dict())
 
 
 # ---- tensor parallelism ----------------------------------------------------------------------------------------------
