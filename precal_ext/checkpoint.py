@@ -16,6 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from precal_ext.headers import CheckpointError as CheckpointError
+from precal_ext.headers import check_header, check_inside
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -40,10 +43,7 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(_DTYPES)}
-
-
-class CheckpointError(ValueError):
-    """A model directory that cannot be used: what, where, and what to do."""
+_ITEMSIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,14 @@ class TensorInfo:
         return n
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model directory."""
+    check_inside(path.parent, path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: must be readable, got {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers, nested without end
         raise CheckpointError(f"{path}: must be JSON, got {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, got {type(data).__name__}")
@@ -79,7 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model directory."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: must be a Hugging Face model directory, got no config.json")
-    return _read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -89,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: none, a shard is missing, or only formats that run code when loaded.
     """
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX_NAME}: must have a weight_map of tensor to file")
         names = sorted(set(map(str, weight_map.values())))
@@ -98,8 +100,10 @@ def weight_files(folder: Path) -> list[Path]:
                 raise CheckpointError(f"{folder / INDEX_NAME}: files must lie in the directory itself, got {name!r}")
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name}: must exist, the index names it; download the model again")
+            check_inside(folder, folder / name)
         return [folder / name for name in names]
     if (folder / WEIGHTS_NAME).is_file():
+        check_inside(folder, folder / WEIGHTS_NAME)
         return [folder / WEIGHTS_NAME]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
@@ -122,6 +126,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     """Every tensor of some safetensors files by name, from their headers."""
     found: dict[str, TensorInfo] = {}
     for path in files:
+        check_header(path, _ITEMSIZES)
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118  not a dict
                 part = file.get_slice(name)
@@ -138,7 +143,7 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a model directory by name, from the headers of its files."""
     found = read_headers(weight_files(folder))
     if (folder / INDEX_NAME).is_file():
-        for name in _read_json(folder / INDEX_NAME)["weight_map"]:
+        for name in read_json(folder / INDEX_NAME)["weight_map"]:
             if name not in found:
                 raise CheckpointError(f"{folder / INDEX_NAME}: {name} must be in its shard, got no such tensor")
     return found
@@ -300,6 +305,7 @@ def copy_other_files(source: Path, target: Path) -> list[str]:
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.name.startswith(".") or path.name == "config.json" or _is_weights(path.name):
             continue
+        check_inside(source, path)
         name = "README.original.md" if path.name.lower() == "readme.md" else path.name
         shutil.copyfile(path, target / name)
         copied.append(name)

@@ -24,6 +24,8 @@ from precal_ext._version import __version__
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
+MOST_SHOWN = 20  # messages of verify; --json has all
+INSPECT_COLUMNS = ("tensor", "shape", "bits", "group", "c", "alpha", "sqnr", "kl", "bpw")
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
@@ -68,6 +70,25 @@ def _parser() -> argparse.ArgumentParser:
     d.add_argument("--text", metavar="FILE", help="text to measure on (default: the embedded one)")
     d.add_argument("--prompt", default="The old man looked at the sea, and", metavar="TEXT", help="prompt to continue")
     d.add_argument("--out", metavar="DIR", help="keep the quantized models here")
+
+    v = command("verify", _verify, "check a quantized directory: is it whole, consistent, and its original's")
+    v.add_argument("model", metavar="DIR", help="directory written by precal")
+    v.add_argument("--original", metavar="MODEL", help="model it was made from: compare a sample of every weight")
+    v.add_argument("--json", action="store_true", help="print everything that was found as JSON")
+
+    i = command("inspect", _inspect, "a table of the quantized weights of a directory, with figures")
+    i.add_argument("model", metavar="DIR", help="directory written by precal")
+    i.add_argument("--original", metavar="MODEL", help="measure SQNR and KL against this model (default: as recorded)")
+    i.add_argument("--sort", metavar="COLUMN", default="tensor", choices=INSPECT_COLUMNS, help=_one_of(INSPECT_COLUMNS))
+    i.add_argument("--reverse", action="store_true", help="largest first")
+    i.add_argument("--json", action="store_true", help="print the table as JSON")
+
+    r = command("report", _report, "a page about a quantized directory, in one file without references to others")
+    r.add_argument("model", metavar="DIR", help="directory written by precal")
+    r.add_argument("--html", required=True, metavar="FILE", help="where to write the page; must end in .html")
+    r.add_argument("--original", metavar="MODEL", help="model it was made from: its weights in the histograms")
+    r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
+    r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
     return parser
 
 
@@ -89,6 +110,10 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include", action="append", metavar="REGEX", help="quantize these modules too; repeatable")
     group.add_argument("--exclude", action="append", metavar="REGEX", help="leave these modules alone; repeatable")
     group.add_argument("--config", metavar="FILE", help="settings as JSON; options override it")
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"one of {', '.join(names)} (default {names[0]})"
 
 
 def _positive(text: str) -> int:
@@ -320,6 +345,89 @@ def _demo(args: argparse.Namespace) -> int:
     print("\nbits/w: of the quantized weights, everything counted; embeddings stay as they are")
     for name, written_text in texts:
         print(f"\n--- {name}\n{written_text}")
+    return EXIT_OK
+
+
+# ---- knowing what you have: verify, inspect, report -----------------------------------------------------------------
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from precal_ext.survey import printable
+    from precal_ext.verify import verify
+
+    _quiet_host()
+    original = None if args.original is None else _resolve_model(args.original)
+    result = verify(Path(args.model), original)
+    code = EXIT_OK if result.sound else EXIT_REFUSED
+    if args.json:
+        print(json.dumps(result.to_dict()))
+        return code
+    for check in result.checks:
+        mark = "-" if check.passed is None else "ok" if check.passed else "FAILED"
+        print(f"{check.name:9} {mark:7} {printable(check.detail)}")
+    if result.tensor_parallel:
+        fits = [str(size) for size, why in result.tensor_parallel.items() if not why]
+        print(f"{'parallel':9} {'':7} tensor-parallel sizes up to {max(result.tensor_parallel)}: {', '.join(fits)}")
+        size, why = next(((s, w) for s, w in result.tensor_parallel.items() if w and s & (s - 1) == 0), (0, ""))
+        if size:
+            print(f"{'':17} not {size}: {printable(why)}")
+    for kind, found in (("warning", result.warnings), ("error", result.errors)):
+        for _, message in found[:MOST_SHOWN]:
+            print(f"{kind}: {printable(message)}")
+        if len(found) > MOST_SHOWN:
+            print(f"{kind}: and {len(found) - MOST_SHOWN} more; --json lists all")
+    count = len(result.errors)
+    print(f"{args.model}: " + ("sound" if result.sound else f"not sound, {count} error{'s' if count > 1 else ''}"))
+    return code
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from precal_ext import survey
+
+    stored = survey.Stored.open(Path(args.model))
+    original = None if args.original is None else survey.Original(_resolve_model(args.original))
+    rows = survey.sort_rows(survey.rows(stored, original), args.sort, args.reverse)
+    total = survey.total(rows)
+    if args.json:
+        print(json.dumps({"tensors": [row.to_dict() for row in rows], "total": total.to_dict()}))
+        return EXIT_OK
+
+    def number(value: float, digits: int) -> str:
+        return f"{value:.{digits}f}" if math.isfinite(value) else "exact" if value == math.inf else "-"
+
+    width = max(len(survey.printable(row.tensor)) for row in rows)
+    print(f"{'tensor':{width}} {'shape':>13} {'bits':>4} {'group':>6} {'c':>2} ", end="")
+    print(f"{'alpha':>8} {'SQNR dB':>8} {'KL nats':>8} {'bits/w':>7}")
+    for row in [*rows, total]:
+        shape = f"{row.N} x {row.K}" if row is not total else f"{row.weights:,}"
+        settings = f"{row.bits:>4} {row.group_size:>6} {row.c:>2}" if row is not total else " " * 14
+        print(
+            f"{survey.printable(row.tensor):{width}} {shape:>13} {settings} {number(row.alpha, 6):>8} "
+            f"{number(row.sqnr_db, 2):>8} {number(row.kl_nats, 4):>8} {row.bits_per_weight:>7.3f}"
+        )
+    return EXIT_OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    from precal_ext import evaluate as ev
+    from precal_ext import html_report
+
+    page = Path(args.html)
+    if page.suffix != ".html" or page.is_dir():
+        raise RefusedError(f"{page}: must be a file that ends in .html")
+    if args.text is not None and args.original is None:
+        raise RefusedError("report: --text needs --original MODEL, to compare the loss with")
+    _quiet_host()
+    original = None if args.original is None else _resolve_model(args.original)
+    loss = None
+    content = html_report.gather(Path(args.model), original)
+    if args.text is not None and original is not None:
+        model, tokenizer = ev.load(args.model)
+        reference, _ = ev.load(original)
+        windows = ev.read_windows(tokenizer, Path(args.text), ev.DEFAULT_WINDOW, args.limit)
+        loss = (Path(args.text).name, ev.evaluate(model, windows, reference))
+    html_report.write(page, html_report.render(content, loss))
+    print(f"{page}: {page.stat().st_size / 1e3:.0f} kB")
     return EXIT_OK
 
 

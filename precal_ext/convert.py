@@ -24,6 +24,8 @@ from precal_ext.checkpoint import (
     read_tensor,
 )
 from precal_ext.config import QuantizeConfig
+from precal_ext.digest import sha256
+from precal_ext.foreign import quantized_by
 from precal_ext.measure import measure
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
@@ -98,6 +100,9 @@ def quantize_checkpoint(
         method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
         raise CheckpointError(f"{model}: must not be quantized yet, got a model quantized by {method!r}")
     index = read_index(model)
+    foreign = quantized_by(index)
+    if foreign is not None:
+        raise CheckpointError(f"{model}: must not be quantized yet, got {foreign[1]}, a tensor of {foreign[0]}")
     found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
     decisions = {d.module: d for d in decide(found.names, config, found.heads, found.tied, _model_type(model_config))}
     jobs = _plan(index, decisions, config)
@@ -171,7 +176,9 @@ def _run(
     total, done = sum(job.info.nbytes for job in jobs), 0
     for count, job in enumerate(jobs, 1):
         if job.spec is None or job.decision is None:
-            writer.write(job.info.name, read_tensor(job.info))
+            copied = read_tensor(job.info)
+            writer.write(job.info.name, copied)
+            report.digests[job.info.name] = sha256(copied)
             action, reason = _why_copied(job)
             report.entries.append(Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info)))
         else:
@@ -183,6 +190,7 @@ def _run(
             q = quantize_weight(w, settings, grids[name])
             for key, tensor in q.tensors.items():
                 writer.write(f"{job.module}.{key}", tensor)
+                report.digests[f"{job.module}.{key}"] = sha256(tensor)
             report.entries.append(entry(job.decision, settings, w, q, _dtype(job.info)))
         done += job.info.nbytes
         if progress is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -171,18 +171,29 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
 
 
 def _check_headers(source: str, given: set[str], spec: WeightSpec, stored: Mapping[str, TensorInfo]) -> None:
+    for problem in header_problems(source, given, spec, stored):
+        raise CheckpointError(problem)
+
+
+def header_problems(source: str, given: set[str], spec: WeightSpec, stored: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Where the headers of a quantized weight differ from what its settings imply.
+
+    Args:
+        source: the module's name in the checkpoint.  given: last parts of the names of its tensors, at least one.
+    """
     some = stored[f"{source}.{next(iter(given))}"].file
     wanted = spec.tensors()
     for key, (dtype, shape) in wanted.items():
         if key not in given:
-            raise CheckpointError(f"{some}: {source}.{key} must be there, got nothing; the checkpoint is incomplete")
+            yield f"{some}: {source}.{key} must be there, got nothing; the checkpoint is incomplete"
+            continue
         info = stored[f"{source}.{key}"]
         if info.dtype != dtype or info.shape != shape:
             got = f"{info.dtype} {list(info.shape)}"
-            raise CheckpointError(f"{info.file}: {source}.{key} must be {dtype} {list(shape)}, got {got}")
+            yield f"{info.file}: {source}.{key} must be {dtype} {list(shape)}, got {got}"
     extra = sorted(k for k in given if k not in wanted and (is_stored(k) or k == "weight"))
     if extra:
-        raise CheckpointError(f"{some}: {source} must have the tensors of its settings, got also {', '.join(extra)}")
+        yield f"{some}: {source} must have the tensors of its settings, got also {', '.join(extra)}"
 
 
 def is_stored(key: str) -> bool:

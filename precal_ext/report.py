@@ -53,6 +53,8 @@ class Report:
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
+    # SHA-256 of every tensor of the output by its name there (digest.sha256), for `precal verify`.
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[Entry]:
@@ -108,6 +110,7 @@ class Report:
             "summary": self.summary(),
             "notes": self.notes,
             "tensors": [e.to_dict() for e in self.entries],
+            "sha256": self.digests,
         }
 
     def to_json(self) -> str:

@@ -259,9 +259,10 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
     except ImportError:
         return None
     try:
-        hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # False and not the default, which asks on the terminal whether to run code of the model's directory.
+        hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(hf_config)
+            model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     except Exception as error:  # whatever a model's own code raises: the caller has another way
         logger.warning(
             "transformers %s cannot build this model (%s); choosing by name", transformers.__version__, error

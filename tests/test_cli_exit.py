@@ -82,6 +82,7 @@ def test_a_reader_that_leaves_is_no_error(tiny: Path, tmp_path: Path) -> None:
         ["quantize", "m", "o", "--bits", "four"], ["quantize", "m", "o", "--recipe", "awq"],
         ["eval", "m"], ["eval", "m", "--text", "t", "--window", "0"], ["generate", "m"],
         ["generate", "m", "p", "--temperature", "-1"], ["generate", "m", "p", "--temperature", "nan"],
+        ["verify"], ["inspect", "m", "--sort", "size"], ["report", "m"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -100,7 +101,7 @@ def test_a_number_that_is_none_is_called_a_number(run: Run) -> None:
 
 def test_help_and_version(run: Run) -> None:
     assert run("--version") == (0, f"precal {__version__}\n", "")
-    for command in ("quantize", "eval", "generate", "demo"):
+    for command in ("quantize", "eval", "generate", "demo", "verify", "inspect", "report"):
         code, out, _ = run(command, "--help")
         assert code == 0
         # argparse wraps the line

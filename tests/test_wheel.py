@@ -74,6 +74,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     libraries = {Path(name).name.split(".")[0] for name in names if name.endswith(".so")}
     assert {"_C", "libprecal_torch"} <= libraries
     assert "precal_ext/py.typed" in names
+    assert "precal_ext/report.html.jinja" in names
     assert "precal_ext/integrations/_hf_quantizer.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,0 +1,218 @@
+"""Files that lie: what a header claims, and links that lead out of the directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Run, altered, digests
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from precal_ext import CheckpointError, quantize_checkpoint
+from precal_ext.checkpoint import read_index, read_json
+from precal_ext.foreign import quantized_by
+from precal_ext.headers import MAX_HEADER_BYTES
+
+pytest_plugins = ["package_fixtures"]
+
+
+def raw(folder: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    length = len(header) if length is None else length
+    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + data)
+    return folder
+
+
+def entry(shape: Any, offsets: Any, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+LIES: list[tuple[str, Any, int, str]] = [
+    ("past the end", {"w": entry([4], [0, 16])}, 8, "w with data_offsets [0, 16] in 8 bytes of data"),
+    ("overlap", {"a": entry([2], [0, 8]), "b": entry([1], [4, 8])}, 8, "b at byte 4, inside a (8)"),
+    ("same place", {"a": entry([2], [0, 8]), "b": entry([2], [0, 8])}, 8, "b at byte 0, inside a (8)"),
+    ("hole", {"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}, 12, "b at byte 8, beyond the end of a (4)"),
+    ("data of nobody", {"w": entry([2], [0, 8])}, 16, "16 bytes of data, of which tensors take 8"),
+    ("negative shape", {"w": entry([-2], [0, 8])}, 8, "w with shape [-2]"),
+    ("huge shape", {"w": entry([2**62, 8], [0, 8])}, 8, "more elements than there can be"),
+    ("huge shape of nothing", {"w": entry([2, 0, 2**63 - 1], [0, 0])}, 0, "more elements than there can be"),
+    ("beyond int64", {"w": entry([2**70, 0], [0, 0])}, 0, "w with shape [1180591620717411303424, 0]"),
+    ("fraction", {"w": entry([2.0], [0, 8])}, 8, "w with shape [2.0]"),
+    ("bool", {"w": entry([True], [0, 4])}, 4, "w with shape [True]"),
+    ("no list", {"w": entry("2", [0, 8])}, 8, "w with shape 2"),
+    ("size", {"w": entry([3], [0, 8])}, 8, "w with 8 bytes for F32 [3], which takes 12"),
+    ("negative offset", {"w": entry([2], [-8, 0])}, 8, "w with data_offsets [-8, 0]"),
+    ("backwards", {"w": entry([2], [8, 0])}, 8, "w with data_offsets [8, 0]"),
+    ("three offsets", {"w": entry([2], [0, 4, 8])}, 8, "w with data_offsets [0, 4, 8]"),
+    ("no dtype", {"w": {"shape": [2], "data_offsets": [0, 8]}}, 8, "w with an entry without dtype"),
+    ("no entry", {"w": [1]}, 8, "w with an entry without dtype"),
+    ("a list", [1], 8, "a header that is a list, no object"),
+]
+
+
+@pytest.mark.parametrize(("header", "size", "message"), [lie[1:] for lie in LIES], ids=[lie[0] for lie in LIES])
+def test_a_lying_header_is_refused_with_the_tensor(tmp_path: Path, header: Any, size: int, message: str) -> None:
+    folder = raw(tmp_path / "model", json.dumps(header).encode(), bytes(size))
+    with pytest.raises(CheckpointError) as caught:
+        read_index(folder)
+    assert str(caught.value).startswith(f"{folder / 'model.safetensors'}: must be a whole safetensors file, got: ")
+    assert message in str(caught.value)
+
+
+TWICE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "message"),
+    [
+        (TWICE, None, "'w' twice"),
+        (b'{"w":{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,8]}}', None, "'shape' twice"),
+        (b'{"\xff":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', None, "invalid start byte"),
+        (b"[" * 200_000, None, "a header that cannot be read"),
+        (b'{"w":' + b"9" * 5000 + b"}", None, "a header that cannot be read"),
+        (b"{", None, "a header that cannot be read"),
+        (b"{}", MAX_HEADER_BYTES + 1, f"a header of {MAX_HEADER_BYTES + 1} bytes, more than {MAX_HEADER_BYTES}"),
+        (b"{}", 2**64 - 1, f"a header of {2**64 - 1} bytes"),
+        (b"{}", 99_000_000, "a header of 99000000 bytes in a file of"),
+    ],
+    ids=["key", "field", "utf8", "deep", "digits", "cut", "100 MB", "2**64", "longer than the file"],
+)
+def test_a_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes, length: int | None, message: str) -> None:
+    with pytest.raises(CheckpointError, match="must be a whole safetensors file, got: ") as caught:
+        read_index(raw(tmp_path / "model", header, bytes(8), length))
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_file_too_short_for_a_length(tmp_path: Path, size: int) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(size))
+    with pytest.raises(CheckpointError, match=f"got: {size} bytes, too few for the length of a header"):
+        read_index(tmp_path)
+
+
+def test_a_header_of_99_mb_is_read(tmp_path: Path) -> None:
+    header = json.dumps({"w": entry([2], [0, 8])}).encode()
+    folder = raw(tmp_path / "model", header + b" " * (99_000_000 - len(header)), bytes(8))
+    assert read_index(folder)["w"].shape == (2,)
+
+
+TENSORS = {"a": torch.zeros(3, 5), "b.é": torch.ones(4, dtype=torch.bfloat16), "empty": torch.zeros(0, 3)}
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=3))
+def test_what_is_accepted_is_what_safetensors_reads(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
+) -> None:
+    """Any bytes of a header changed: refused by name of the file, or the same tensors as by safetensors' reader."""
+    folder = tmp_path_factory.mktemp("bytes")
+    path = folder / "model.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt"})
+    data = bytearray(path.read_bytes())
+    for at, value in changes:
+        data[at % (len(data) - 60)] = value
+    path.write_bytes(data)
+    try:
+        found = read_index(folder)
+    except CheckpointError as error:
+        assert str(error).startswith(str(path))
+        return
+    with safe_open(path, framework="pt") as file:
+        assert {name: list(info.shape) for name, info in found.items()} == {
+            name: file.get_slice(name).get_shape()
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def moved(folder: Path, name: str, target: Path) -> None:
+    """A file of the directory becomes a link to itself elsewhere."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder / name, target)
+    (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_link_out_of_the_directory_is_refused(tmp_path: Path, tiny: Path, run: Run, name: str) -> None:
+    """tokenizer.json is copied: quantizing a stranger's model must not put a private file into the result."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    moved(folder, name, tmp_path / "private" / "file")
+    code, _, err = run("quantize", folder, tmp_path / "out", "--quiet")
+    assert code == 3
+    assert f"{folder / name}: must lie in the directory itself, got a link to {tmp_path / 'private' / 'file'}" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_inside_the_directory_and_of_the_hub_cache_are_followed(tmp_path: Path, tiny: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "cache" / "snapshots" / "abc")
+    moved(folder, "model.safetensors", tmp_path / "cache" / "blobs" / "123")
+    moved(folder, "config.json", folder / "elsewhere.json")
+    quantize_checkpoint(folder, tmp_path / "a" / "out")
+    quantize_checkpoint(tiny, tmp_path / "b" / "out")
+    assert (tmp_path / "a/out/model.safetensors").read_bytes() == (tmp_path / "b/out/model.safetensors").read_bytes()
+
+
+def test_a_link_from_a_snapshot_to_elsewhere_is_refused(tmp_path: Path, tiny: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "cache" / "snapshots" / "abc")
+    moved(folder, "model.safetensors", tmp_path / "cache" / "other" / "123")
+    with pytest.raises(CheckpointError, match="must lie in the directory itself"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
+def test_json_that_python_cannot_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: must be JSON, got"):
+        read_json(tmp_path / "config.json")
+
+
+# ---- quantized by somebody else --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "method"),
+    [
+        (["m.q_proj.qweight", "m.q_proj.qzeros", "m.q_proj.scales"], "GPTQ or AWQ"),
+        (["m.q_proj.weight", "m.q_proj.weight.absmax", "m.q_proj.weight.quant_map"], "bitsandbytes"),
+        (["m.q_proj.weight", "m.q_proj.weight.quant_state.bitsandbytes__nf4"], "bitsandbytes"),
+        (["m.q_proj.weight", "m.q_proj.SCB"], "bitsandbytes"),
+        (["m.q_proj.weight_packed", "m.q_proj.weight_shape"], "compressed-tensors or precal"),
+        (["m.q_proj.weight_packed", "m.q_proj.weight_row_scale"], "precal"),
+        (["m.q_proj.weight", "m.q_proj.bias", "m.norm.weight", "m.rope.inv_freq"], None),
+    ],
+)
+def test_who_has_quantized_a_model_shows_in_its_tensors(names: list[str], method: str | None) -> None:
+    found = quantized_by(names)
+    assert (found and found[0]) == method
+    assert found is None or found[1] in names
+
+
+QUANTIZED: list[tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = [
+    ("qweight", lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)})),
+    ("absmax", lambda t: t.update({"model.layers.0.mlp.up_proj.weight.absmax": torch.zeros(4)})),
+    ("weight_row_scale", lambda t: t.update({"model.layers.0.mlp.up_proj.weight_row_scale": torch.zeros(4)})),
+]
+
+
+@pytest.mark.parametrize(("leaf", "change"), QUANTIZED, ids=["GPTQ", "bitsandbytes", "precal"])
+def test_a_quantized_model_without_a_word_in_its_config_is_refused(
+    tmp_path: Path, tiny: Path, run: Run, leaf: str, change: Callable[[dict[str, torch.Tensor]], Any]
+) -> None:
+    folder = altered(tiny, tmp_path / "model", change)
+    before = digests(tmp_path)
+    code, _, err = run("quantize", folder, tmp_path / "out", "--quiet")
+    assert code == 3
+    assert f"{folder}: must not be quantized yet, got model.layers.0.mlp.up_proj" in err
+    assert leaf in err
+    assert digests(tmp_path) == before
