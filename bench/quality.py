@@ -38,6 +38,11 @@ def precal_formats(bits: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for group_size in (256, 128, 64, 32, 16):
         for c in (0, 1, 2):
             yield f"precal g{group_size}, c = {c}", {"bits": bits, "group_size": group_size, "c": c}
+    for group_size in (64, 32, 16):
+        yield f"precal g{group_size}, c = 4", {"bits": bits, "group_size": group_size, "c": 4}
+    for group_size in (128, 64, 16):  # what the trellis brings
+        setting = {"bits": bits, "group_size": group_size, "c": 1, "trellis": False}
+        yield f"precal without trellis g{group_size}, c = 1", setting
     for alpha in (0.02, 0.05, 0.08):
         yield f"precal --recipe paper, alpha = {alpha:.0%}", {"bits": bits, "recipe": "paper", "alpha": alpha}
 

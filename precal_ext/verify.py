@@ -401,10 +401,10 @@ def why_not_by_columns(spec: WeightSpec, size: int) -> str:
         return f"a slice of {part} codes of {spec.bits} bits ends inside an int32 word"
     if size > 1 and spec.split and part % 8:
         return f"a slice of {part} columns ends inside a byte of the mask"
-    if spec.c:
+    if spec.c or spec.trellis:
         begins = {begin for begin, _ in _C.outlier_blocks(spec.K)}
         if any(part * i not in begins for i in range(1, size)):
-            return f"a slice of {part} columns cuts a block of outliers"
+            return f"a slice of {part} columns cuts a block of 256"
     return ""
 
 
