@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import reference
 import shapes
 import torch
 from conftest import ISAS, ROOT, THREADS, forced_isa, forced_threads
