@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "cpu/interleave.h"
 #include "cpu/ops.h"
 #include "cpu/select.h"
 
@@ -72,51 +73,6 @@ std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* 
     list.push_back({mask, t.mask, format::mask_bytes_per_row(f), 1});
   }
   return list;
-}
-
-// The codes of one tile between canonical words and chunks.
-void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t* words, int64_t first_row,
-                     uint8_t* codes) {
-  const int64_t rows = std::min(kTileRows, f.N - first_row), steps = t.chunk / 4;
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint32_t* row = words + (first_row + r) * format::num_words(f);
-    for (int64_t k = 0; k < f.K; ++k) {
-      const int64_t inside = k % t.chunk;
-      format::put_code(codes + k / t.chunk * t.chunk_bytes, f.bits, int(4 * r + inside / steps), int(inside % steps),
-                       format::code_at(row, k, f.bits));
-    }
-  }
-}
-
-void chunks_to_words(const WeightFormat& f, const TileLayout& t, const uint8_t* codes, int64_t first_row,
-                     uint32_t* words) {
-  const int64_t rows = std::min(kTileRows, f.N - first_row), steps = t.chunk / 4;
-  for (int64_t r = 0; r < rows; ++r) {
-    uint32_t* row = words + (first_row + r) * format::num_words(f);
-    uint64_t pending = 0;
-    int filled = 0;
-    for (int64_t k = 0; k < f.K; ++k) {
-      const int64_t inside = k % t.chunk;
-      pending |= uint64_t(format::get_code(codes + k / t.chunk * t.chunk_bytes, f.bits, int(4 * r + inside / steps),
-                                           int(inside % steps)))
-                 << filled;
-      filled += f.bits;
-      if (filled >= 32) {
-        *row++ = uint32_t(pending);
-        pending >>= 32;
-        filled -= 32;
-      }
-    }
-    if (filled > 0) *row = uint32_t(pending);
-  }
-}
-
-void copy_to_float(const TensorView& t, int64_t begin, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = t.dtype == DType::kFloat32    ? t.as<float>()[begin + i]
-             : t.dtype == DType::kBFloat16 ? bf16_to_float(t.as<uint16_t>()[begin + i])
-                                           : half_to_float(t.as<uint16_t>()[begin + i]);
-  }
 }
 
 // Memory for activations as integers, and what the kernels must know of the order of columns.

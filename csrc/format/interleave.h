@@ -46,26 +46,4 @@ PRECAL_INLINE int64_t chunk_bytes(int bits, int64_t chunk) { return chunk * 16 *
 PRECAL_INLINE int pair_register(int s) { return (0xE2 >> s) & 1; }  // 1, 5, 6, 7
 PRECAL_INLINE int pair_shift(int s) { return int((0x64004622u >> (4 * s)) & 15u); }
 
-// Adds a code to zeroed bytes of its chunk. `byte` = 4 r + j.
-PRECAL_INLINE void put_code(uint8_t* chunk, int bits, int byte, int t, uint32_t code) {
-  if (bits == 4) {
-    uint8_t* to = chunk + (t / 2) * kRegisterBytes + byte;
-    *to = uint8_t(*to | code << (4 * (t % 2)));
-    return;
-  }
-  uint8_t* eight = chunk + (t / 8) * 3 * kRegisterBytes + byte;
-  const int s = t % 8;
-  uint8_t* pair = eight + pair_register(s) * kRegisterBytes;
-  *pair = uint8_t(*pair | (code >> 1) << pair_shift(s));
-  eight[2 * kRegisterBytes] = uint8_t(eight[2 * kRegisterBytes] | (code & 1u) << s);
-}
-
-PRECAL_INLINE uint32_t get_code(const uint8_t* chunk, int bits, int byte, int t) {
-  if (bits == 4) return (uint32_t(chunk[(t / 2) * kRegisterBytes + byte]) >> (4 * (t % 2))) & 15u;
-  const uint8_t* eight = chunk + (t / 8) * 3 * kRegisterBytes + byte;
-  const int s = t % 8;
-  const uint32_t pair = uint32_t(eight[pair_register(s) * kRegisterBytes]) >> pair_shift(s);
-  return (pair & 3u) << 1 | ((uint32_t(eight[2 * kRegisterBytes]) >> s) & 1u);
-}
-
 }  // namespace precal::format
