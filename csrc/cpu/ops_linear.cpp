@@ -75,6 +75,14 @@ std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* 
   return list;
 }
 
+void copy_to_float(const TensorView& t, int64_t begin, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = t.dtype == DType::kFloat32    ? t.as<float>()[begin + i]
+             : t.dtype == DType::kBFloat16 ? bf16_to_float(t.as<uint16_t>()[begin + i])
+                                           : half_to_float(t.as<uint16_t>()[begin + i]);
+  }
+}
+
 // Memory for activations as integers, and what the kernels must know of the order of columns.
 struct IntegerRows {
   std::vector<int8_t> x;
