@@ -166,9 +166,9 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_into(file: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -199,7 +199,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     """
     tensor = torch.empty(info.shape, dtype=info.dtype)
     with _reading(info.file) as file:
-        _read_into(file, _bytes_of(tensor), info.offset, info.file)
+        _read_into(file, bytes_of(tensor), info.offset, info.file)
     return tensor
 
 
@@ -210,7 +210,7 @@ def read_rows(info: TensorInfo, rows: Iterable[int]) -> Tensor:
     stride = K * info.dtype.itemsize
     with _reading(info.file) as file:
         for i, row in enumerate(rows):
-            _read_into(file, _bytes_of(tensor[i]), info.offset + row * stride, info.file)
+            _read_into(file, bytes_of(tensor[i]), info.offset + row * stride, info.file)
     return tensor
 
 
@@ -302,7 +302,7 @@ class ShardWriter:
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape or name not in self._pending:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"write: {name} must be {info.dtype} {info.shape} as planned, and come once; got {got}")
-        self.write_chunks(name, [_bytes_of(tensor.detach().contiguous())])
+        self.write_chunks(name, [bytes_of(tensor.detach().contiguous())])
 
     def write_chunks(self, name: str, chunks: Iterable[memoryview]) -> None:
         """Put the bytes of one planned tensor in their place."""
@@ -400,6 +400,14 @@ def _header(members: Iterable[TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raises CheckpointError when ``out`` is something that a new directory must not replace."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out}: must be a directory or new, got something else")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(f"{out}: must be new or empty, got a directory with files; --overwrite replaces it")
+
+
 @contextlib.contextmanager
 def appearing_at_once(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside ``out`` that takes its name when the block ends well, and is removed when it does not.
@@ -408,10 +416,7 @@ def appearing_at_once(out: Path, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: ``out`` exists and ``overwrite`` is false, or its parent cannot be written.
     """
     out = out.absolute()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"{out}: must be a directory or new, got something else")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out}: must be new or empty, got a directory with files; --overwrite replaces it")
+    check_target(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))

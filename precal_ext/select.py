@@ -208,6 +208,15 @@ class LinearModules:
     model_names: Mapping[str, str]
     source: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``from_dict`` gives the same back."""
+        return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LinearModules:
+        sets = {key: frozenset(data[key]) for key in ("heads", "tied", "absent")}
+        return cls(**{**data, **sets, "names": tuple(data["names"])})
+
 
 def find_linears(
     folder: Path, model_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], config: QuantizeConfig

@@ -43,6 +43,8 @@ ORDER = [
     "quantize",
     "select",
     "checkpoint",
+    "staging",
+    "pipeline",
     "report",
     "convert",
     "linear",
