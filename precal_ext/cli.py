@@ -43,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
     q.add_argument("out", metavar="OUT", help="new directory for the quantized model")
     _config_options(q)
-    q.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    q.add_argument("--overwrite", action="store_true", help="replace OUT, and forget an unfinished run")
+    q.add_argument(
+        "--max-shard-size", type=_bytes, metavar="SIZE", help="bytes of a file of weights, as 5GB (default 50GB)"
+    )
+    q.add_argument("--dry-run", action="store_true", help="print what would be done to each tensor, and stop")
     q.add_argument("--quiet", action="store_true", help="no progress")
     q.add_argument("--json", action="store_true", help="print the summary as JSON")
 
@@ -92,6 +96,14 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"must be a size like 500MB or 5GB, got {text!r}")
+    return size
 
 
 def _not_negative(text: str) -> float:
@@ -162,7 +174,14 @@ class ProgressDisplay:
             from tqdm import tqdm
 
             if self._bar is None:
-                self._bar = tqdm(total=p.bytes_total, unit="B", unit_scale=True, file=self._stream, dynamic_ncols=True)
+                self._bar = tqdm(
+                    total=p.bytes_total,
+                    initial=p.bytes_before,
+                    unit="B",
+                    unit_scale=True,
+                    file=self._stream,
+                    dynamic_ncols=True,
+                )
             self._bar.set_description(f"{p.tensors_done}/{p.tensors} tensors", refresh=False)
             self._bar.update(p.bytes_done - self._bar.n)
             return
@@ -170,7 +189,7 @@ class ProgressDisplay:
         if elapsed - self._printed < self.INTERVAL and p.tensors_done < p.tensors:
             return
         self._printed = elapsed
-        rate = p.bytes_done / max(elapsed, 1e-9)
+        rate = (p.bytes_done - p.bytes_before) / max(elapsed, 1e-9)
         left = (p.bytes_total - p.bytes_done) / max(rate, 1.0)
         print(
             f"{p.tensors_done}/{p.tensors} tensors, {p.bytes_done / 1e9:.2f} of {p.bytes_total / 1e9:.2f} GB, "
@@ -185,14 +204,33 @@ class ProgressDisplay:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from precal_ext.convert import EXPERTS_NOTE, load_lines, quantize_checkpoint
+    from precal_ext import estimate
+    from precal_ext.checkpoint import MAX_SHARD_BYTES
+    from precal_ext.convert import EXPERTS_NOTE, load_lines, plan_quantization, run_plan
+    from precal_ext.staging import folder_of
 
     config = _config(args)
+    max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
+    plan = plan_quantization(_resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
+    if args.dry_run or not (args.json or args.quiet):
+        cost = estimate.estimate(plan)
+        if args.json:
+            print(json.dumps(estimate.to_dict(plan, cost)))
+            return EXIT_OK
+        for line in [*(estimate.table(plan) if args.dry_run else []), *cost.lines()]:
+            print(line, flush=True)
+        if args.dry_run:
+            return EXIT_OK
     display = None if args.quiet else ProgressDisplay(sys.stderr)
     try:
-        report = quantize_checkpoint(
-            _resolve_model(args.model), args.out, config, overwrite=args.overwrite, progress=display
-        )
+        report = run_plan(plan, overwrite=args.overwrite, progress=display)
+    except (KeyboardInterrupt, SystemExit, OSError):
+        if display is not None:
+            display.close()
+        if plan.recorded():
+            again = "the same command without --overwrite" if args.overwrite else "the same command"
+            print(f"precal: what is finished lies in {folder_of(plan.out)}; {again} continues", file=sys.stderr)
+        raise
     finally:
         if display is not None:
             display.close()
@@ -321,7 +359,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)  # unwinds, so that half-written output is removed
+    raise SystemExit(EXIT_TERMINATED)  # unwinds, so that finished tensors are kept and the rest is removed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,7 +371,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("precal: interrupted; no unfinished output was kept", file=sys.stderr)
+        print(
+            "precal: interrupted; OUT was not touched" if args.command == "quantize" else "precal: interrupted",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

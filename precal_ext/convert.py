@@ -319,7 +319,7 @@ def _run(plan: Plan, work: Work, writer: ShardWriter, progress: Callable[[Progre
         nonlocal done
         q = None
         if given is None or job.decision is None:
-            action, reason = _why_copied(job)
+            action, reason = what_is_copied(job)
             entries[job.info.name] = Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info))
         else:
             w, samples = given
@@ -389,7 +389,8 @@ def _has_digest(info: TensorInfo, expected: str) -> bool:
     return digest.hexdigest() == expected
 
 
-def _why_copied(job: Job) -> tuple[str, str]:
+def what_is_copied(job: Job) -> tuple[str, str]:
+    """Action and reason of a tensor that is not quantized."""
     if job.decision is not None:
         return "keep", job.decision.reason
     if is_expert(job.info.name):

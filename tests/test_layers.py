@@ -47,6 +47,7 @@ ORDER = [
     "pipeline",
     "report",
     "convert",
+    "estimate",
     "linear",
     "model",
     "evaluate",
