@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _config_options(q)
     q.add_argument("--overwrite", action="store_true", help="replace OUT, and forget an unfinished run")
     q.add_argument(
-        "--max-shard-size", type=_bytes, metavar="SIZE", help="bytes of a file of weights, as 5GB (default 50GB)"
+        "--max-shard-size", type=size_of, metavar="SIZE", help="bytes of a file of weights, as 5GB (default 50GB)"
     )
     q.add_argument("--dry-run", action="store_true", help="print what would be done to each tensor, and stop")
     q.add_argument("--quiet", action="store_true", help="no progress")
@@ -98,7 +98,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _bytes(text: str) -> int:
+def size_of(text: str) -> int:
+    """Bytes of a size as people write it: 5GB, 500MB, 1.5 TB; powers of 1000, as transformers counts."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
     if size < 1:

@@ -215,7 +215,7 @@ class Work:
 
     def keep(self) -> None:
         """Leave what is finished for the next time; nothing at all when nothing is."""
-        if self._journal is not None and read_journal(self.out)[1]:
+        if self.new.exists() and read_journal(self.out)[1]:
             self._release()
         else:
             self.discard()
