@@ -408,7 +408,7 @@ def campaign(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str,
     size = sum(p.stat().st_size for p in model.glob("*.safetensors"))
     yield "undisturbed", {**figures, "model_bytes": size, "largest_tensor": largest, "bound_bytes": bound}
     require(
-        figures["rss_bytes"] <= bound, f"peak memory must be at most {bound:,} bytes, got {facts['rss_bytes']:,.0f}"
+        figures["rss_bytes"] <= bound, f"peak memory must be at most {bound:,} bytes, got {figures['rss_bytes']:,.0f}"
     )
     broken = Campaign(model, folder, figures["seconds"], chance)
     yield "kill -9", broken.signals(signal.SIGKILL, {-signal.SIGKILL}, arguments.kills)

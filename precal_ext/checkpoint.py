@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,14 +203,17 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return tensor
 
 
-def read_rows(info: TensorInfo, rows: Iterable[int]) -> Tensor:
-    """Some rows of a matrix [N, K], in the order asked for."""
-    K, rows = info.shape[1], list(rows)
+def read_rows(info: TensorInfo, rows: Sequence[int]) -> Tensor:
+    """Some rows of a matrix [N, K], in the order asked for; neighbours are read at once."""
+    K = info.shape[1]
     tensor = torch.empty((len(rows), K), dtype=info.dtype)
     stride = K * info.dtype.itemsize
     with _reading(info.file) as file:
-        for i, row in enumerate(rows):
-            _read_into(file, bytes_of(tensor[i]), info.offset + row * stride, info.file)
+        begin = 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or rows[end] != rows[end - 1] + 1:
+                _read_into(file, bytes_of(tensor[begin:end]), info.offset + rows[begin] * stride, info.file)
+                begin = end
     return tensor
 
 

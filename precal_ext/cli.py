@@ -7,6 +7,8 @@ refused, with the reason on stderr; 130 interrupted; 143 terminated.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -210,6 +212,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from precal_ext.convert import EXPERTS_NOTE, load_lines, plan_quantization, run_plan
     from precal_ext.staging import folder_of
 
+    _return_freed_memory()
     config = _config(args)
     max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
     plan = plan_quantization(_resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
@@ -252,6 +255,20 @@ def _quantize(args: argparse.Namespace) -> int:
     for line in load_lines(args.out):
         print("    " + line)
     return EXIT_OK
+
+
+def _return_freed_memory() -> None:
+    """Let tensors go back to the system when they are freed.
+
+    glibc learns from the first large ones that it frees to keep the next (up to 32 MB each) in its heap, where a small
+    object behind them holds them for ever: 1.7 GB while quantizing a model of 400 MB, against 0.35 GB this way.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 1 << 20)
+        mallopt(trim_threshold, 16 << 20)
+        mallopt(arena_max, 1)
 
 
 def _quiet_host() -> None:
