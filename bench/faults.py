@@ -214,7 +214,7 @@ def forked(work: Callable[[], None]) -> int:
         except OSError:
             code = 3
         except ValueError as error:
-            print(error, file=sys.stderr)
+            print(error)
             code = 4
         finally:
             os._exit(code)
@@ -337,10 +337,9 @@ class Calls:
         return {"calls": len(numbers), "struck": struck}
 
     def file_sizes(self, count: int, chance: random.Random) -> dict[str, int]:
-        largest = max(len(record) for record in self.expected) + self.max_shard_bytes
         struck = 0
         for _ in range(count):
-            limit = chance.randrange(largest)
+            limit = chance.randrange(self.max_shard_bytes)
 
             def arrange(limit: int = limit) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -371,7 +370,7 @@ class Calls:
         struck = 0
         try:
             for _ in range(count):
-                resize(max(1 << 16, int(needed * chance.uniform(0.05, 1.2))))
+                resize(max(1 << 16, int(needed * chance.uniform(0.05, 1))))
                 code = forked(work)
                 require(code in (0, 3, 4), f"a full disk must end as an OSError or a refusal, got code {code}")
                 struck += code != 0
@@ -396,7 +395,7 @@ def campaign(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str,
     for kind in CALLS:
         yield kind, small.every_call(kind, arguments.every)
     yield "RLIMIT_FSIZE", small.file_sizes(arguments.interrupts, chance)
-    needed = sum(p.stat().st_size for p in small.model.glob("*.safetensors"))
+    needed = sum(convert.plan_quantization(small.model, small.out, small.config).writer(small.out).sizes.values())
     yield "full tmpfs", small.full_disks(arguments.interrupts, chance, needed)
 
     model = make_model(folder / "model", arguments.size, arguments.seed)
