@@ -216,18 +216,28 @@ def _quantize(args: argparse.Namespace) -> int:
     config = _config(args)
     max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
     plan = plan_quantization(_resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
-    if args.dry_run or not (args.json or args.quiet):
+    if args.dry_run:
         cost = estimate.estimate(plan)
         if args.json:
             print(json.dumps(estimate.to_dict(plan, cost)))
-            return EXIT_OK
-        for line in [*(estimate.table(plan) if args.dry_run else []), *cost.lines()]:
-            print(line, flush=True)
-        if args.dry_run:
-            return EXIT_OK
+        else:
+            print("\n".join([*estimate.table(plan), *cost.lines()]))
+        return EXIT_OK
+
+    def announce() -> None:
+        try:
+            print("\n".join(estimate.estimate(plan).lines()), flush=True)
+        except BrokenPipeError:  # nobody reads; the model is wanted all the same
+            _close_stdout()
+
     display = None if args.quiet else ProgressDisplay(sys.stderr)
     try:
-        report = run_plan(plan, overwrite=args.overwrite, progress=display)
+        report = run_plan(
+            plan,
+            overwrite=args.overwrite,
+            progress=display,
+            announce=None if args.json or args.quiet else announce,
+        )
     except (KeyboardInterrupt, SystemExit, OSError):
         if display is not None:
             display.close()
@@ -376,6 +386,11 @@ def _demo(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _close_stdout() -> None:
+    """What is printed from now on goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _terminate(signum: int, frame: Any) -> NoReturn:
     raise SystemExit(EXIT_TERMINATED)  # unwinds, so that finished tensors are kept and the rest is removed
 
@@ -395,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return EXIT_OK
     except (ValueError, TypeError) as error:
         # CheckpointError, SelectionError, RefusedError and broken contracts: all say what was expected.

@@ -226,8 +226,18 @@ def quantize_checkpoint(
     return run_plan(plan, overwrite=overwrite, progress=progress)
 
 
-def run_plan(plan: Plan, *, overwrite: bool = False, progress: Callable[[Progress], None] | None = None) -> Report:
-    """Do what a plan says; arguments and errors as ``quantize_checkpoint``."""
+def run_plan(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[], None] | None = None,
+) -> Report:
+    """Do what a plan says; arguments and errors as ``quantize_checkpoint``.
+
+    Args:
+        announce: called when the output is this process's alone and has room, before the first tensor.
+    """
     started = time.monotonic()
     report = Report(plan.config, notes=[f"linear layers found by {plan.found.source}"])
     experts = sum(is_expert(job.info.name) for job in plan.jobs)
@@ -237,6 +247,8 @@ def run_plan(plan: Plan, *, overwrite: bool = False, progress: Callable[[Progres
     work = Work(plan.out, {**plan.header, "linears": plan.found.to_dict()}, overwrite)
     try:
         _check_room(plan, work)
+        if announce is not None:
+            announce()
     except BaseException:
         work.keep()
         raise
