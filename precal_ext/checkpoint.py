@@ -1,13 +1,18 @@
-"""Reading and writing safetensors: sizes are known before memory is taken, and output appears whole or not at all."""
+"""Reading and writing safetensors: sizes are known before memory is taken, and output appears whole or not at all.
+
+Data is read with pread into memory of our own: pages of a mapped file would count as resident. Everything goes through
+``os.preadv``, ``os.pwrite``, ``os.fsync`` and ``os.rename``, which is where the tests let the disk fail.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,8 @@ from precal_ext.headers import check_header, check_inside
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 50_000_000_000  # transformers' default since version 5
+CHUNK = 8 << 20  # bytes of a copy that are in memory at once
 
 # safetensors' names, in the order in which its writer sorts tensors (widest first), and what torch calls them.
 _DTYPES: dict[str, torch.dtype] = {
@@ -48,12 +54,13 @@ _ITEMSIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it is, read from the header alone."""
+    """Where a tensor is and what it is, read from the header alone. ``offset`` counts from the file's first byte."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +134,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     for path in files:
         check_header(path, _ITEMSIZES)
-        with _opened(path) as file:
+        with _opened(path) as file:  # safetensors' own checks: sizes, overlaps, holes
+            begins = _begins(path)
             for name in file.keys():  # noqa: SIM118  not a dict
                 part = file.get_slice(name)
                 code = part.get_dtype()
@@ -135,8 +143,22 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
                     raise CheckpointError(f"{path}: {name} must have a dtype that torch knows, got {code}")
                 if name in found:
                     raise CheckpointError(f"{path}: {name} must occur once, got it also in {found[name].file.name}")
-                found[name] = TensorInfo(name, path, _DTYPES[code], tuple(part.get_shape()))
+                found[name] = TensorInfo(name, path, _DTYPES[code], tuple(part.get_shape()), begins[name])
     return found
+
+
+def raw_header(path: Path) -> bytes:
+    """The first bytes of a safetensors file, up to its data."""
+    with open(path, "rb") as file:
+        size = file.read(8)
+        return size + file.read(int.from_bytes(size, "little"))
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where each tensor of a valid file begins."""
+    header = raw_header(path)
+    entries = json.loads(header[8:])
+    return {n: len(header) + e["data_offsets"][0] for n, e in entries.items() if n != "__metadata__"}
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
@@ -149,79 +171,138 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_into(file: int, buffer: memoryview, offset: int, path: Path) -> None:
+    while buffer:
+        try:
+            count = os.preadv(file, [buffer], offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if count == 0:
+            raise OSError(errno.EIO, "the file ended early, it changed while it was read", str(path))
+        buffer, offset = buffer[count:], offset + count
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
 def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor, in memory of its own."""
-    with _opened(info.file) as file:
-        return file.get_tensor(info.name).clone()
+    """One tensor, in memory of its own.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    with _reading(info.file) as file:
+        _read_into(file, bytes_of(tensor), info.offset, info.file)
+    return tensor
+
+
+def read_rows(info: TensorInfo, rows: Sequence[int]) -> Tensor:
+    """Some rows of a matrix [N, K], in the order asked for; neighbours are read at once."""
+    K = info.shape[1]
+    tensor = torch.empty((len(rows), K), dtype=info.dtype)
+    stride = K * info.dtype.itemsize
+    with _reading(info.file) as file:
+        begin = 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or rows[end] != rows[end - 1] + 1:
+                _read_into(file, bytes_of(tensor[begin:end]), info.offset + rows[begin] * stride, info.file)
+                begin = end
+    return tensor
+
+
+def read_chunks(info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of one tensor, a few at a time; each chunk is valid until the next is asked for."""
+    buffer, done = memoryview(bytearray(min(CHUNK, info.nbytes))), 0
+    with _reading(info.file) as file:
+        while done < info.nbytes:
+            part = buffer[: min(CHUNK, info.nbytes - done)]
+            _read_into(file, part, info.offset + done, info.file)
+            yield part
+            done += len(part)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, text: str) -> None:
+    """A small text file; ``appearing_at_once`` and ``Work`` see that it reaches the disk."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        _write_at(file, memoryview(text.encode("utf-8")), 0, path)
+    finally:
+        os.close(file)
+
+
+def _write_at(file: int, data: memoryview, offset: int, path: Path) -> None:
+    while data:
+        try:
+            count = os.pwrite(file, data, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        data, offset = data[count:], offset + count
 
 
 class ShardWriter:
     """Writes tensors of known dtype and shape, in any order, into one file or shards, with bounded memory.
 
     The header comes first in the format, so it is planned from the shapes; the data goes to its place as it arrives.
-    The bytes are those of ``safetensors.torch.save_file(..., metadata={"format": "pt"})``.
+    The bytes are those of ``safetensors.torch.save_file(..., metadata={"format": "pt"})``; the division into shards and
+    the index are those of transformers. Nothing is touched before the first ``write``; files that are there already are
+    continued. One file is open at a time, and reaches the disk when the next one is opened.
+
+    Args:
+        parameters: weights of the whole model, for the index.
     """
 
     def __init__(
-        self, folder: Path, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: Path,
+        plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        max_bytes: int = MAX_SHARD_BYTES,
+        parameters: int | None = None,
     ) -> None:
-        self._infos = {name: TensorInfo(name, folder, dtype, shape) for name, (dtype, shape) in plan.items()}
-        shards = self._split(max_bytes)
+        infos = [TensorInfo(name, folder, dtype, shape) for name, (dtype, shape) in plan.items()]
+        shards = _split(infos, max_bytes)
         names = [WEIGHTS_NAME] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
         ]  # fmt: skip
-        self._offsets: dict[str, tuple[str, int]] = {}
+        self._folder = folder
+        self._infos: dict[str, TensorInfo] = {}
+        self._headers: dict[Path, bytes] = {}
+        self._sizes: dict[Path, int] = {}
+        self._parameters = parameters
         self._pending = set(plan)
-        self._files = {}
+        self._begun: set[Path] = set()
+        self._open: tuple[Path, int] | None = None
         for file_name, members in zip(names, shards, strict=True):
-            file = open(folder / file_name, "wb")  # noqa: SIM115  closed in finish()
-            self._files[file_name] = file
-            header, start = self._header(members), 0
-            file.write(len(header).to_bytes(8, "little") + header)
-            base = 8 + len(header)
-            for info in self._sorted(members):
-                self._offsets[info.name] = (file_name, base + start)
-                start += info.nbytes
-            file.truncate(base + start)
-        if len(shards) > 1:
-            total = sum(info.nbytes for info in self._infos.values())
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {name: self._offsets[name][0] for name in sorted(self._infos)},
-            }
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            path = folder / file_name
+            self._headers[path] = header = _header(members)
+            at = len(header)
+            for info in _sorted(members):
+                self._infos[info.name] = TensorInfo(info.name, path, info.dtype, info.shape, at)
+                at += info.nbytes
+            self._sizes[path] = at
 
-    def _split(self, max_bytes: int) -> list[list[TensorInfo]]:
-        shards: list[list[TensorInfo]] = [[]]
-        size = 0
-        for info in self._infos.values():
-            if shards[-1] and size + info.nbytes > max_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(info)
-            size += info.nbytes
-        return shards
+    @property
+    def sizes(self) -> dict[str, int]:
+        """File name -> bytes it will have."""
+        return {path.name: size for path, size in self._sizes.items()}
 
-    @staticmethod
-    def _sorted(members: list[TensorInfo]) -> list[TensorInfo]:
-        return sorted(members, key=lambda info: (_RANK[_DTYPE_NAMES[info.dtype]], info.name))
-
-    def _header(self, members: list[TensorInfo]) -> bytes:
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for info in self._sorted(members):
-            end = start + info.nbytes
-            entries[info.name] = {
-                "dtype": _DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [start, end],
-            }
-            start = end
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        return text + b" " * (-len(text) % 8)
+    def info(self, name: str) -> TensorInfo:
+        """Where a planned tensor is or will be."""
+        return self._infos[name]
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one planned tensor in its place."""
@@ -229,24 +310,110 @@ class ShardWriter:
         if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape or name not in self._pending:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"write: {name} must be {info.dtype} {info.shape} as planned, and come once; got {got}")
-        file_name, offset = self._offsets[name]
-        file = self._files[file_name]
-        file.seek(offset)
-        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.write_chunks(name, [bytes_of(tensor.detach().contiguous())])
+
+    def write_chunks(self, name: str, chunks: Iterable[memoryview]) -> None:
+        """Put the bytes of one planned tensor in their place."""
+        info = self._infos[name]
+        file, at = self._file(info.file), info.offset
+        for chunk in chunks:
+            _write_at(file, chunk, at, info.file)
+            at += len(chunk)
+        if at != info.offset + info.nbytes:
+            raise ValueError(f"write: {name} must have {info.nbytes} bytes, got {at - info.offset}")
         self._pending.discard(name)
 
+    def keep(self, name: str) -> None:
+        """Take a tensor as written: an earlier run did it."""
+        self._pending.discard(name)
+
+    def _file(self, path: Path) -> int:
+        if self._open is not None and self._open[0] == path:
+            return self._open[1]
+        self.close()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._open = path, file
+        if path not in self._begun:
+            _write_at(file, memoryview(self._headers[path]), 0, path)
+            self._begun.add(path)
+        return file
+
     def finish(self) -> None:
-        """Flush to disk. Every planned tensor must have been written."""
+        """Bring everything to the disk. Every planned tensor must have been written."""
         if self._pending:
             raise ValueError(f"finish: every planned tensor must be written, got none for {sorted(self._pending)[:3]}")
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        for path, size in self._sizes.items():
+            os.fsync(self._file(path))
+            if path.stat().st_size != size:
+                raise OSError(errno.EIO, f"must have {size} bytes, got {path.stat().st_size}", str(path))
         self.close()
+        if len(self._sizes) > 1:
+            total = sum(info.nbytes for info in self._infos.values())
+            count = {} if self._parameters is None else {"total_parameters": self._parameters}
+            index = {
+                "metadata": {**count, "total_size": total},
+                "weight_map": {name: info.file.name for name, info in self._infos.items()},
+            }
+            write_file(self._folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        """Bring the open file to the disk."""
+        if self._open is not None:
+            (path, file), self._open = self._open, None
+            try:
+                os.fsync(file)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            finally:
+                os.close(file)
+
+
+def _split(infos: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Shards as transformers cuts them: in order, a tensor beyond the limit alone."""
+    shards: list[list[TensorInfo]] = []
+    current: list[TensorInfo] = []
+    size = 0
+    for info in infos:
+        if info.nbytes > max_bytes:
+            shards.append([info])
+            continue
+        if size + info.nbytes > max_bytes:
+            shards.append(current)
+            current, size = [], 0
+        current.append(info)
+        size += info.nbytes
+    if current or not shards:
+        shards.append(current)
+    return shards
+
+
+def _sorted(members: Iterable[TensorInfo]) -> list[TensorInfo]:
+    return sorted(members, key=lambda info: (_RANK[_DTYPE_NAMES[info.dtype]], info.name))
+
+
+def _header(members: Iterable[TensorInfo]) -> bytes:
+    """The eight bytes of length, and the header."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for info in _sorted(members):
+        end = start + info.nbytes
+        entries[info.name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raises CheckpointError when ``out`` is something that a new directory must not replace."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError(f"{out}: must be a directory or new, got something else")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(f"{out}: must be new or empty, got a directory with files; --overwrite replaces it")
 
 
 @contextlib.contextmanager
@@ -257,10 +424,7 @@ def appearing_at_once(out: Path, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: ``out`` exists and ``overwrite`` is false, or its parent cannot be written.
     """
     out = out.absolute()
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"{out}: must be a directory or new, got something else")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out}: must be new or empty, got a directory with files; --overwrite replaces it")
+    check_target(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -271,13 +435,13 @@ def appearing_at_once(out: Path, overwrite: bool = False) -> Iterator[Path]:
         staging.chmod(0o755)
         yield staging
         for path in staging.iterdir():
-            _fsync(path)
-        _fsync(staging)
+            fsync(path)
+        fsync(staging)
         if out.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent))
             os.rename(out, aside / "old")
         os.rename(staging, out)
-        _fsync(out.parent)
+        fsync(out.parent)
     except BaseException:
         if aside is not None and (aside / "old").exists() and not out.exists():
             os.rename(aside / "old", out)  # what was there stays there
@@ -288,7 +452,8 @@ def appearing_at_once(out: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or the names in a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

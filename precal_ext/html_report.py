@@ -254,7 +254,7 @@ def _settings(stored: Stored) -> str:
     text = f"recipe {c.recipe}, {c.bits} bits, groups of {c.group_size}, "
     text = text.replace("groups of -1", "a scale per row")
     text += f"{c.c} outlier{'' if c.c == 1 else 's'} per 256 weights, " if not c.split else "two scales per group, "
-    text += f"{c.grid} grid"
+    text += f"{c.grid} grid" + (" with a trellis" if c.trellis else "")
     if stored.format.module_overrides:
         text += f"; {len(stored.format.module_overrides)} modules with settings of their own"
     return text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,17 +56,27 @@ def sum_squares(x: Tensor) -> float:
 
 
 def measure(w: Tensor, q: QTensor) -> Figures:
-    """Compare a weight [N, K] with its quantized form."""
-    restored = q.dequantize()
+    """Compare a weight [N, K] with its quantized form, a few rows at a time: nothing as large as the weight is made."""
     power = noise = 0.0
+    salient = 0
+    for rows, part in _parts(q):
+        original = w[rows].double()
+        power += sum_squares(original)
+        noise += sum_squares(original - part.dequantize())
+        mask = outlier_mask(part)
+        salient += 0 if mask is None else int(mask.sum())
+    share = salient / max(1, q.spec.N * q.spec.K)
+    return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)
+
+
+def _parts(q: QTensor) -> Iterator[tuple[slice, QTensor]]:
+    """The rows of a weight, about a million weights at a time, each part a weight of its own."""
     step = max(1, _ROWS_AT_ONCE // max(1, q.spec.K))
     for first in range(0, q.spec.N, step):
-        original = w[first : first + step].double()
-        power += sum_squares(original)
-        noise += sum_squares(original - restored[first : first + step])
-    mask = outlier_mask(q)
-    share = 0.0 if mask is None else float(mask.sum()) / max(1, mask.numel())
-    return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)
+        rows = slice(first, min(q.spec.N, first + step))
+        spec = dataclasses.replace(q.spec, N=rows.stop - first)
+        shared = ("weight_grid", "weight_shape")
+        yield rows, QTensor(spec, {key: t if key in shared else t[rows] for key, t in q.tensors.items()})
 
 
 def outlier_mask(q: QTensor) -> Tensor | None:
@@ -109,27 +121,18 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
     while bins < MAX_BINS and bins * 2 * 32 <= spec.N * spec.K:
         bins *= 2
     half = level_range(spec.uniform, spec.bits)
-    mask = outlier_mask(q)
-    label = q.level_index() if spec.trellis else None
     counts = torch.zeros((spec.grid_size, bins) if spec.trellis else (bins,), dtype=torch.int64)
-    parts: list[tuple[str, Tensor | None]] = [("weight_scale", mask)]
-    if spec.split and mask is not None:
-        parts.append(("weight_outlier_scale", ~mask))
-    for key, leave_out in parts:
-        divisor = scale_amplitude(q.tensors[key], q.tensors["weight_row_scale"])
-        x = w if leave_out is None else w.masked_fill(leave_out, math.nan)
-        weight = (divisor != 0).long()
-        counts += ops.histogram(
-            x.contiguous(),
-            bins,
-            -half,
-            half,
-            divisor,
-            weight,
-            spec.group_size,
-            label,
-            len(counts) if spec.trellis else 1,
-        )[0]
+    for rows, part in _parts(q):
+        mask = outlier_mask(part)
+        label = part.level_index() if spec.trellis else None
+        parts: list[tuple[str, Tensor | None]] = [("weight_scale", mask)]
+        if spec.split and mask is not None:
+            parts.append(("weight_outlier_scale", ~mask))
+        for key, leave_out in parts:
+            divisor = scale_amplitude(part.tensors[key], part.tensors["weight_row_scale"])
+            x = (w[rows] if leave_out is None else w[rows].masked_fill(leave_out, math.nan)).contiguous()
+            weight, labels = (divisor != 0).long(), len(counts) if spec.trellis else 1
+            counts += ops.histogram(x, bins, -half, half, divisor, weight, spec.group_size, label, labels)[0]
     grid = q.tensors.get("weight_grid")
     if grid is None:
         grid = torch.arange(2**spec.bits, dtype=torch.int16).sub(2 ** (spec.bits - 1)).clamp(min=-127).to(torch.int8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,16 @@ class Entry:
     fusion_set: str | None = None
     settings: dict[str, Any] | None = None
     figures: Figures | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Every field, infinities included, for the journal of an unfinished run."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, data: Mapping[str, Any]) -> Entry:
+        figures = data["figures"]
+        known = {"shape": tuple(data["shape"]), "figures": None if figures is None else Figures(**figures)}
+        return cls(**{**data, **known})
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +208,15 @@ class LinearModules:
     model_names: Mapping[str, str]
     source: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``from_dict`` gives the same back."""
+        return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LinearModules:
+        sets = {key: frozenset(data[key]) for key in ("heads", "tied", "absent")}
+        return cls(**{**data, **sets, "names": tuple(data["names"])})
+
 
 def find_linears(
     folder: Path, model_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], config: QuantizeConfig
@@ -254,39 +267,76 @@ def find_linears(
 
 
 def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None:
-    try:
-        import transformers
-    except ImportError:
+    """Asks transformers; None when it is not installed or cannot build the model.
+
+    Where nobody has imported it yet, in a process of its own: its hundred megabytes do not stay with us.
+    """
+    if "transformers" in sys.modules:
+        answer = None if sys.modules["transformers"] is None else _linears_of(folder)
+    elif importlib.util.find_spec("transformers") is not None:
+        answer = _ask_another_process(folder)
+    else:
+        answer = None
+    if answer is None or "error" in answer:
+        if answer is not None:
+            logger.warning("transformers cannot build this model (%s); choosing by name", answer["error"])
         return None
-    try:
-        # False and not the default, which asks on the terminal whether to run code of the model's directory.
-        hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
-    except Exception as error:  # whatever a model's own code raises: the caller has another way
-        logger.warning(
-            "transformers %s cannot build this model (%s); choosing by name", transformers.__version__, error
-        )
-        return None
-    prefix = model.base_model_prefix + "."
-    head = model.get_output_embeddings()
-    tied_keys = set(getattr(model, "all_tied_weights_keys", None) or {})
     names, heads, tied, absent, model_names = set(), set(), set(), set(), {}
-    for name, module in model.named_modules():
-        if not is_linear(module):
-            continue
+    for name, is_head, is_tied in answer["linears"]:
         # Checkpoints of a base model lack its prefix.
-        stored = name if name in matrices else name.removeprefix(prefix)
+        stored = name if name in matrices else name.removeprefix(answer["prefix"])
         if stored not in matrices:
             absent.add(name)
             continue
         names.add(stored)
         if stored != name:
             model_names[stored] = name
-        if module is head:
+        if is_head:
             heads.add(stored)
-        if f"{name}.weight" in tied_keys:
+        if is_tied:
             tied.add(stored)
     return LinearModules(
         tuple(names), frozenset(heads), frozenset(tied), frozenset(absent), model_names, "transformers"
     )
+
+
+def _linears_of(folder: Path) -> dict[str, Any]:
+    """The linear modules of transformers' model, built without memory: name, whether it is the head, whether tied."""
+    import transformers
+
+    try:
+        # False and not the default, which asks on the terminal whether to run code of the model's directory.
+        hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+    except Exception as error:  # whatever a model's own code raises: the caller has another way
+        return {"error": f"version {transformers.__version__}: {error}"}
+    head = model.get_output_embeddings()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    linears = [(name, m is head, f"{name}.weight" in tied) for name, m in model.named_modules() if is_linear(m)]
+    return {"prefix": model.base_model_prefix + ".", "linears": linears}
+
+
+# The child sees the modules that we see, and nothing else; its answer is the last line, whatever was printed before.
+_CHILD = """
+import sys
+sys.path[:] = sys.argv[1].split("\\n")
+from pathlib import Path
+from precal_ext.select import print_linears
+print_linears(Path(sys.argv[2]))
+"""
+
+
+def print_linears(folder: Path) -> None:
+    """The child's part of ``find_linears``."""
+    print("\n" + json.dumps(_linears_of(folder)), flush=True)
+
+
+def _ask_another_process(folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", _CHILD, "\n".join(sys.path), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    try:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"error": lines[-1]}

@@ -273,6 +273,7 @@ class Row:
     group_size: int
     c: int
     grid: str
+    trellis: bool | None  # None: some of them
     alpha: float
     sqnr_db: float
     kl_nats: float
@@ -332,6 +333,7 @@ def rows(stored: Stored, original: Original | None = None) -> list[Row]:
                 spec.group_size,
                 spec.c,
                 str(settings.grid),
+                spec.trellis,
                 figures.salient_share,
                 figures.sqnr_db,
                 figures.kl_nats,
@@ -367,6 +369,7 @@ def total(found: Sequence[Row]) -> Row:
         only((r.group_size for r in found), 0),
         only((r.c for r in found), 0),
         only((r.grid for r in found), "mixed"),
+        only((r.trellis for r in found), None),
         mean(r.alpha for r in found),
         sqnr_db(power, noise),
         mean(r.kl_nats for r in found),

@@ -23,8 +23,10 @@ from precal_ext.checkpoint import (
     ShardWriter,
     appearing_at_once,
     copy_other_files,
+    read_chunks,
     read_config,
     read_index,
+    read_rows,
     read_tensor,
     weight_files,
 )
@@ -327,3 +329,23 @@ def test_everything_but_weights_is_copied(tmp_path: Path) -> None:
     assert copy_other_files(source, target) == sorted([*kept, "README.original.md"])
     assert (target / "README.original.md").read_text() == "README.md"
     assert sorted(p.name for p in target.iterdir()) == sorted([*kept, "README.original.md"])
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 6), max_size=12))
+def test_rows_come_in_the_order_asked_for(tmp_path_factory: pytest.TempPathFactory, rows: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    w = random_tensor(torch.int16, (7, 3), 0)
+    save_file({"before": random_tensor(torch.uint8, (5,), 1), "w": w}, folder / "model.safetensors")
+    assert torch.equal(read_rows(read_index(folder)["w"], rows), w[rows])
+
+
+def test_chunks_are_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precal_ext.checkpoint.CHUNK", 7)
+    write(tmp_path, MIXED, list(MIXED))
+    for name, info in read_index(tmp_path).items():
+        assert (
+            b"".join(bytes(c) for c in read_chunks(info)) == MIXED[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        )

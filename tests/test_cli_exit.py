@@ -17,32 +17,39 @@ pytest_plugins = ["package_fixtures"]
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
-# Stops in the middle of the first tensor, when output has begun, and says so.
+# Says that it has begun and stops, in the middle of the tensor whose number is given, counted from 0.
 SLOW = """
 import sys, time
 from precal_ext import convert
 from precal_ext.cli import main
 
+real, left = convert.quantize_weight, int(sys.argv.pop(1))
+
 def quantize_weight(*arguments):
-    print("begun", flush=True)
-    time.sleep(60)
+    global left
+    if left == 0:
+        print("begun", flush=True)
+        time.sleep(60)
+    left -= 1
+    return real(*arguments)
 
 convert.quantize_weight = quantize_weight
 sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code", "there_before"), [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)])
-def test_a_signal_leaves_what_was_there(
-    tiny: Path, tmp_path: Path, number: signal.Signals, code: int, there_before: bool
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("there_before", [True, False])
+def test_a_signal_leaves_what_was_there_and_the_command_continues(
+    run: Run, tiny: Path, tmp_path: Path, number: signal.Signals, code: int, there_before: bool
 ) -> None:
+    out = tmp_path / "out"
     if there_before:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "file").write_text("precious")
-    before = digests(tmp_path)
+        out.mkdir()
+        (out / "file").write_text("precious")
+    options = ["--recipe", "rtn", "--quiet"]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "quantize", str(tiny), "out", "--recipe", "rtn", "--overwrite", "--quiet"],
-        cwd=tmp_path,
+        [sys.executable, "-c", SLOW, "9", "quantize", str(tiny), str(out), *options, "--overwrite"],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,24 +57,32 @@ def test_a_signal_leaves_what_was_there(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    assert any(p.suffix == ".partial" for p in tmp_path.iterdir())  # else there would be nothing to clean up
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in err
-    assert digests(tmp_path) == before
-    assert [p.name for p in tmp_path.iterdir()] == (["out"] if there_before else [])
+    assert (
+        f"what is finished lies in {tmp_path / '.out.partial'}; the same command without --overwrite continues" in err
+    )
+    assert out.exists() == there_before
+    if there_before:
+        assert digests(out).keys() == {"file"}
+    assert run("quantize", tiny, out, *options)[0] == 0
+    assert run("quantize", tiny, tmp_path / "whole" / "out", *options)[0] == 0
+    assert digests(out) == digests(tmp_path / "whole" / "out")
 
 
-def test_a_reader_that_leaves_is_no_error(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "precal_ext.cli", "quantize", str(tiny), "out", "--quiet"]
+@pytest.mark.parametrize("options", [["--quiet"], []], ids=["quiet", "estimate"])
+def test_a_reader_that_leaves_is_no_error(tiny: Path, tmp_path: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "precal_ext.cli", "quantize", str(tiny), "out", *options]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
-    assert process.stderr.read() == ""
+    err = process.stderr.read()
+    assert [line for line in err.splitlines() if " tensors, " not in line] == []
     assert process.wait() == 0
     assert sha256(tmp_path / "out" / "model.safetensors")
 
@@ -117,7 +132,7 @@ def test_a_failure_of_its_own_shows_where(
     monkeypatch.setattr("precal_ext.convert.quantize_weight", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("quantize", tiny, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_refusal_shows_where_when_asked_to(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

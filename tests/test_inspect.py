@@ -37,7 +37,13 @@ def test_the_rows_are_what_was_recorded(quantized: Folder, recipe: str) -> None:
     for name, row in found.items():
         figures, settings = expected[name]["figures"], expected[name]["settings"]
         assert expected[name]["shape"] == [row.N, row.K]
-        assert {"bits": row.bits, "group_size": row.group_size, "c": row.c, "grid": row.grid} == settings
+        assert {
+            "bits": row.bits,
+            "group_size": row.group_size,
+            "c": row.c,
+            "grid": row.grid,
+            "trellis": row.trellis,
+        } == settings
         assert (row.sqnr_db, row.kl_nats, row.alpha) == tuple(
             figures[f] for f in ("sqnr_db", "kl_nats", "salient_share")
         )

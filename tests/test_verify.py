@@ -538,9 +538,11 @@ def cuts(width: int, K: int, size: int) -> bool:
 
 
 @pytest.mark.parametrize("K", [32, 768, 2048, 4096, 11008, 11000, 14336])
+@pytest.mark.parametrize("trellis", [False, True])
 @pytest.mark.parametrize(("bits", "group_size", "c"), [(4, 64, 1), (3, 64, 1), (3, 32, 0), (4, 128, 0), (4, -1, 0)])
-def test_slices_of_columns_cut_nothing(K: int, bits: int, group_size: int, c: int) -> None:
-    spec = WeightSpec.from_config(64, K, QuantizeConfig(bits=bits, group_size=group_size, c=c))
+def test_slices_of_columns_cut_nothing(K: int, bits: int, group_size: int, c: int, trellis: bool) -> None:
+    config = QuantizeConfig(bits=bits, group_size=group_size, c=c, trellis=trellis)
+    spec = WeightSpec.from_config(64, K, config)
     blocks = [range(*b) for b in _C.outlier_blocks(K)]
     for size in TP_SIZES:
         fits = K % size == 0
@@ -550,7 +552,7 @@ def test_slices_of_columns_cut_nothing(K: int, bits: int, group_size: int, c: in
             fits = (
                 not cuts(spec.group_size, K, size)
                 and all(part * i * bits % 32 == 0 for i in range(1, size))
-                and not (c and any(set(block[1:]) & inside for block in blocks))
+                and not ((c or spec.trellis) and any(set(block[1:]) & inside for block in blocks))
             )
         assert (why_not_by_columns(spec, size) == "") == fits, size
     assert why_not_by_columns(spec, 1) == ""
@@ -568,9 +570,9 @@ def test_sizes_of_a_model_and_why_not() -> None:
     assert sizes[16] == "layers.0.down_proj: a slice of 688 columns cuts a group of 32"
     assert sizes[3] == "layers.0.gate_proj: N = 11008 is no multiple of 3"
     assert why_not_by_rows(specs["layers.0.q_proj"], 64) == ""
-    wide = {"o_proj": WeightSpec.from_config(64, 4096, QuantizeConfig(bits=3, group_size=8, c=0))}
+    wide = {"o_proj": WeightSpec.from_config(64, 4096, QuantizeConfig(bits=3, group_size=8, c=0, trellis=False))}
     assert tensor_parallel_sizes(wide)[64] == ""
-    odd = {"o_proj": WeightSpec.from_config(64, 4096 + 64, QuantizeConfig(bits=3, group_size=4, c=0))}
+    odd = {"o_proj": WeightSpec.from_config(64, 4096 + 64, QuantizeConfig(bits=3, group_size=4, c=0, trellis=False))}
     assert tensor_parallel_sizes(odd)[16] == "o_proj: a slice of 260 codes of 3 bits ends inside an int32 word"
 
 
