@@ -312,7 +312,9 @@ class Bench:
         }
         self.results.put(row)
         share = f"{row['share']:.0%} of {row['limit']}" if row["share"] is not None else ""
-        print(f"{row['shape']:12} M={M:<4} {entry.format:46}{row['us']:10.1f} us  {row['error']:.1e}  {share}", flush=True)
+        print(
+            f"{row['shape']:12} M={M:<4} {entry.format:46}{row['us']:10.1f} us  {row['error']:.1e}  {share}", flush=True
+        )
 
 
 def cold_megabytes() -> int:
