@@ -193,7 +193,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (prepacked,) = ctx.saved_tensors
-    N, K, bits, group_size, c, grid_size, split, scale_dtype = ctx.integers
+    N, K, bits, group_size, c, grid_size, split, scale_dtype, *_ = ctx.integers
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         packed, scale, row_scale, grid, index, value, other, mask = torch.ops.precal.unprepack(
@@ -216,7 +216,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[2]:
         grad_bias = grad.float().flatten(0, -2).sum(0) if grad.dim() > 1 else grad.float()
         grad_bias = grad_bias.to(ctx.bias_dtype)
-    return (grad_x, None, grad_bias, *([None] * 8))
+    return (grad_x, None, grad_bias, *([None] * len(ctx.integers)))
 
 
 torch.library.register_autograd("precal::linear", _linear_backward, setup_context=_linear_setup)

@@ -376,6 +376,7 @@ def linear(
     grid_size: int,
     split: bool,
     scale_dtype: str,
+    activations: str = "a16",
 ) -> Tensor:
     """y = x @ W'.T + bias with the weight dequantized on the fly, accumulated in float32.
 
@@ -386,7 +387,13 @@ def linear(
         prepacked: uint8 from ``prepack``.
         bias: [N] float32, float16 or bfloat16, or None.
         N, K, bits, group_size, c, grid_size, split, scale_dtype: as ``unprepack``.
+        activations: how far x may be rounded inside, per row and span of up to 128 columns of a group, against the
+            largest |x| of the span: "f32" not at all, "a16" to 1/65024 of it, "a8" to 1/254 of it. A leave, no order:
+            where there is no integer kernel (other widths than 3 and 4, group sizes that 16 (32 at 3 bits) does not
+            divide, other instruction sets than AVX-512) all three give float32.
     Returns:
         [..., N], dtype of ``x``.
     """
-    return torch.ops.precal.linear(x, prepacked, bias, N, K, bits, group_size, c, grid_size, split, scale_dtype)
+    return torch.ops.precal.linear(
+        x, prepacked, bias, N, K, bits, group_size, c, grid_size, split, scale_dtype, activations
+    )

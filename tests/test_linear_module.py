@@ -58,7 +58,7 @@ def test_forward_is_the_linear_of_the_dequantized_weight(recipe: str, dtype: tor
     assert y.dtype == dtype
     assert y.shape == (2, 3, N)
     error = (y.double() - expected).norm() / expected.norm()
-    assert error <= (1e-5 if dtype == torch.float32 else 4e-3)
+    assert error <= (1e-4 if dtype == torch.float32 else 4e-3)
 
 
 def test_before_prepack_nothing_runs(recipe: str) -> None:

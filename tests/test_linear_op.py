@@ -22,8 +22,10 @@ CASES_PER_BITS = {2: 40, 3: 200, 4: 200, 5: 40, 6: 40, 7: 40, 8: 40}
 CHUNK = 20  # cases per test: hundreds of ids would say no more than these
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, prepacked: Tensor | None = None) -> Tensor:
-    return ops.linear(x, ops.prepack(*weight) if prepacked is None else prepacked, bias, *weight.numbers)
+def linear(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, prepacked: Tensor | None = None, mode: str = "f32"
+) -> Tensor:
+    return ops.linear(x, ops.prepack(*weight) if prepacked is None else prepacked, bias, *weight.numbers, mode)
 
 
 def activations(M: int | tuple[int, ...], K: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -208,6 +210,76 @@ def test_gradients_of_an_empty_weight() -> None:
 
 # ---- errors; those of the prepacked weight are in test_prepack.py ----------------------------------------------------
 
+# ---- integer activations ---------------------------------------------------------------------------------------------
+
+# What a mode may round x to, in units of the largest |x| of a span.
+ROUNDING = {"a16": 1 / 65024, "a8": 1 / 254}
+KINDS: dict[str, dict[str, bool]] = {"plain": {}, "uniform": {"uniform": True}, "trellis": {"trellis": True}}
+
+
+def span_of(group_size: int) -> int:
+    span = group_size if group_size <= 128 else 128
+    while group_size % span:
+        span //= 2
+    return span
+
+
+def rounding_bound(x: Tensor, w: Tensor, span: int, mode: str) -> Tensor:
+    """[M, N]: the most that rounding x can move y, and float32 sums beside it."""
+    K = x.shape[1]
+    steps = torch.cat([p.abs().amax(1, keepdim=True).expand_as(p) for p in x.double().split(span, 1)], 1)
+    exact = x.double().abs() @ w.double().abs().T
+    return steps * ROUNDING[mode] @ w.double().abs().T * (1 + 1e-5) + exact * (2 + K / 64) * 2.0**-23
+
+
+@pytest.mark.parametrize("mode", ROUNDING)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("bits", "group_size"),
+    [(4, 16), (4, 48), (3, 32), (4, 32), (3, 64), (4, 64), (3, 96), (4, 128), (3, 192), (4, 1024)],
+)
+def test_rounded_activations_keep_their_bound(isa: str, bits: int, group_size: int, kind: str, mode: str) -> None:
+    for i, K in enumerate([1, 44, 64, 172, 257, 600, 2304]):
+        N, M = [17, 40, 3][i % 3], [1, 2, 3, 4, 5, 8, 15][i]
+        weight = shapes.random_weight(i, N, K, bits, group_size, i % 3, **KINDS[kind])
+        w, x = ops.dequantize(*weight), activations(M, K, i)
+        x[0] *= 1e-20  # scales are each row's own
+        error = (linear(x, weight, mode=mode).double() - reference.linear(x, w)).abs()
+        assert (error <= rounding_bound(x, w, span_of(group_size), mode)).all(), (N, K, M)
+
+
+@pytest.mark.parametrize("mode", ROUNDING)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_row_does_not_see_the_others(isa: str, bits: int, mode: str) -> None:
+    weight = shapes.random_weight(0, 50, 600, bits, 64, c=1, trellis=True)
+    prepacked, x = ops.prepack(*weight), activations(150, 600)
+    alone = linear(x[:1], weight, None, prepacked, mode)
+    for M in (2, 3, 4, 5, 7, 8, 13, 64, 129, 150):
+        assert torch.equal(linear(x[:M], weight, None, prepacked, mode)[:1], alone), M
+    for count in THREADS:
+        with forced_threads(count):
+            assert torch.equal(linear(x, weight, None, prepacked, mode)[:1], alone)
+
+
+@pytest.mark.parametrize("mode", ROUNDING)
+def test_rounding_of_strange_activations(isa: str, mode: str) -> None:
+    weight = shapes.random_weight(0, 20, 256, 4, 64, c=1, trellis=True)
+    x = activations(6, 256)
+    x[0, 3], x[1, 100], x[2, 255], x[3], x[4] = float("nan"), float("inf"), -float("inf"), 0, x[4] * 1e-40
+    y = linear(x, weight, mode=mode)
+    assert not y[:3].isfinite().all(1).any()  # what is not a number does not come out as one
+    assert (y[3] == 0).all()
+    assert (y[4].abs() < 1e-30).all()
+    assert y[5].isfinite().all()
+
+
+def test_codes_of_other_forms_take_float32(isa: str) -> None:
+    for bits, group_size, more in [(5, 64, {}), (3, 16, {}), (4, 13, {}), (4, 128, {"split": True, "uniform": True})]:
+        weight = shapes.random_weight(0, 17, 300, bits, group_size, **more)
+        x = activations(3, 300)
+        assert torch.equal(linear(x, weight, mode="a8"), linear(x, weight))
+
+
 WEIGHT = shapes.random_weight(0, 17, 65, 4, 32)
 X = activations(2, 65)
 
@@ -229,3 +301,8 @@ X = activations(2, 65)
 def test_errors(x: Tensor, bias: Tensor | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         linear(x, WEIGHT, bias)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="linear: activations must be f32, a16 or a8, got int8"):
+        linear(X, WEIGHT, mode="int8")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import reference
 import shapes
 import torch
 from conftest import ISAS, ROOT, THREADS, forced_isa, forced_threads
@@ -59,7 +60,7 @@ def test_empty_weights(N: int, K: int, c: int) -> None:
 
 def test_rows_past_the_end_are_zero() -> None:
     """Seventeen rows fill two tiles; fifteen lanes of the second hold nothing that could become a NaN."""
-    weight = shapes.random_weight(0, 17, 40, 3, 32, c=1)
+    weight = shapes.random_weight(0, 17, 40, 3, 13, c=1)  # groups of 13 keep words
     words = -(-40 * 3 // 32)
     tile = (len(ops.prepack(*weight)) - 320) // 2
     second = ops.prepack(*weight)[320 + tile :]
@@ -67,6 +68,25 @@ def test_rows_past_the_end_are_zero() -> None:
     assert torch.equal(lanes[:, 0], weight.packed[16])
     assert (lanes[:, 1:] == 0).all()
     assert (second[2:32] == 0).all()  # row scales
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_codes_of_a_chunk(bits: int) -> None:
+    """Where csrc/format/interleave.h puts them: byte 4 r + j at step t holds row r, column j T + t."""
+    weight = shapes.random_weight(0, 17, 64, bits, 64)
+    codes = reference.unpack(weight.packed, bits, 64)
+    data = ops.prepack(*weight)[320 + 64 :].numpy()
+    places = {0: (0, 2), 1: (1, 2), 2: (0, 6), 3: (0, 4), 4: (0, 0), 5: (1, 0), 6: (1, 4), 7: (1, 6)}
+    for r, k in [(0, 0), (3, 1), (15, 15), (7, 16), (2, 37), (9, 63)]:
+        j, t = divmod(k, 16)
+        if bits == 4:
+            found = data[t // 2 * 64 + 4 * r + j] >> (4 * (t % 2)) & 15
+        else:
+            eight = data[t // 8 * 192 :]
+            register, shift = places[t % 8]
+            pair = eight[register * 64 + 4 * r + j] >> shift & 3
+            found = pair << 1 | eight[128 + 4 * r + j] >> t % 8 & 1
+        assert found == codes[r, k], (r, k)
 
 
 def test_bytes_depend_on_neither_isa_nor_threads() -> None:
@@ -137,7 +157,7 @@ def call(name: str, prepacked: Tensor, **changes) -> None:
             "prepacked must come from prepack() with the same N, K, bits, group_size, c and grid_size",
         ),
         (PREPACKED, {"grid_size": 0}, ValueError, "prepacked must come from prepack() with the same"),
-        (PREPACKED, {"group_size": 65}, ValueError, "prepacked must come from prepack() with the same"),
+        (PREPACKED, {"group_size": 65}, ValueError, "prepacked must be ["),
         (torch.zeros_like(PREPACKED), {}, ValueError, "prepacked must come from prepack()"),
         *[(flipped(byte), {}, ValueError, "its header says otherwise") for byte in (0, 4, 6, 7, 8, 16, 24, 32, 36, 40)],
     ],

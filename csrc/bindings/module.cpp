@@ -265,14 +265,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear",
       [](const py::object& x, const py::object& prepacked, const py::object& bias, int64_t N, int64_t K, int64_t bits,
-         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype) {
+         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype,
+         const std::string& activations) {
         const Borrowed a = borrow_cpu("x", x), b = borrow_cpu("prepacked", prepacked),
                        d = borrow_optional("bias", bias);
-        return execute(cpu::Linear{
-            a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}, d.view});
+        return execute(
+            cpu::Linear{a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype},
+                        d.view, activations});
       },
       py::arg("x"), py::arg("prepacked"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("bits"),
-      py::arg("group_size"), py::arg("c"), py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"));
+      py::arg("group_size"), py::arg("c"), py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"),
+      py::arg("activations") = "a16");
 }
 
 }  // namespace

@@ -127,12 +127,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpre
 
 // x may be strided: activations often are, and a copy of them is small beside the weight.
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
-              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype) {
+              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype,
+              std::string activations) {
   const Tensor rows = torch::stable::contiguous(x);
   return execute(cpu::Linear{view("x", rows),
                              PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split,
                                              scale_dtype},
-                             view("bias", bias)},
+                             view("bias", bias), activations},
                  x)[0];
 }
 

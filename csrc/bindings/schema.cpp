@@ -43,5 +43,5 @@ STABLE_TORCH_LIBRARY(precal, m) {
       " Tensor outlier_value, Tensor outlier_scale, Tensor outlier_mask)");
   m.def(
       "linear(Tensor x, Tensor prepacked, Tensor? bias, int N, int K, int bits, int group_size, int c, int grid_size,"
-      " bool split, str scale_dtype) -> Tensor");
+      " bool split, str scale_dtype, str activations=\"a16\") -> Tensor");
 }

@@ -103,20 +103,34 @@ struct DequantizeArgs {
   float* out;  // [N, K]
 };
 
+// Rows of x as whole numbers times a scale per span: columns of one group, at most kMaxSpan of them.
+constexpr int64_t kMaxSpan = 128;
+struct QuantizedRows {
+  int planes;    // 1: 8 bits; 2: 16 bits, high * 256 + low
+  int64_t span;  // columns of a span, a multiple of the chunk; divides the group size
+  int64_t num_spans;
+  int8_t* x;       // [M][planes][num_chunks * chunk], four columns of a step beside each other (format/interleave.h)
+  int32_t* start;  // [M][planes][num_spans]: -128 * the sum of x
+  float* scale;    // [M][num_spans]
+};
+
 struct LinearArgs {
   format::WeightFormat format;
   format::TileLayout layout;
   const uint8_t* prepacked;  // prepacked.h
   const float* levels;       // [256]; they repeat, so that the index of a narrow code needs no masking
   const float* x;            // [M, K]
-  int64_t M;                 // at most kLinearMaxRows
+  int64_t M;                 // at most kLinearMaxRows, kInt8MaxRows with integers
   const float* bias;         // [N] or nullptr
   void* y;                   // [M, N] y_dtype, rows y_stride elements apart
   DType y_dtype;
   int64_t y_stride;
+  QuantizedRows q;       // for linear_int8_tiles
+  const uint32_t* keep;  // [num_chunks]: zero bytes where a block of a trellis begins
 };
 
 constexpr int64_t kLinearMaxRows = 64;  // rows of x per pass over the weight: its float32 copy then fits in L2
+constexpr int64_t kInt8MaxRows = 128;   // their bytes and sums fit in L2 as well
 constexpr int64_t kLinearRowBlock = 4;  // rows that share one load of dequantized weights
 constexpr int64_t kLinearChains = 4;    // partial sums per output: 4 rows x 4 chains hide the latency of an FMA
 
@@ -137,6 +151,10 @@ struct KernelTable {
   void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
   void (*dequantize_rows)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
   void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
+  // With integer activations; nullptr where there is no such kernel.
+  void (*linear_int8_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
+  void (*quantize_activations)(const float* x, int64_t K, const format::TileLayout&, const QuantizedRows&,
+                               int64_t row_begin, int64_t row_end);
 };
 
 extern const KernelTable k_scalar_kernels;

@@ -16,11 +16,27 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kTile = format::kTileRows;
 
+// The codes of 16 rows in one column of chunks (format/interleave.h); bits above the code are not zero.
+template <int kBits>
+PRECAL_INLINE I32 codes_of_column(const format::TileLayout& layout, const uint8_t* tile, int64_t k) {
+  // Chunks have 16, 32 or 64 columns, so these are shifts and masks, not divisions.
+  const int log_chunk = layout.chunk == 64 ? 6 : layout.chunk == 32 ? 5 : 4;
+  const int inside = int(k & (layout.chunk - 1)), t = inside & int(layout.chunk / 4 - 1);
+  const int byte = (inside >> (log_chunk - 2)) * 8;
+  const int32_t* chunk = reinterpret_cast<const int32_t*>(tile + layout.codes + (k >> log_chunk) * layout.chunk_bytes);
+  if (kBits == 4) return shift_right(load_words(chunk + (t / 2) * kTile), byte + 4 * int(t % 2));
+  const int32_t* eight = chunk + (t / 8) * 3 * kTile;
+  const int s = int(t % 8);
+  const I32 pair = shift_right(load_words(eight + format::pair_register(s) * kTile), byte + format::pair_shift(s));
+  const I32 low = low_bit(shift_right(load_words(eight + 2 * kTile), byte + s));
+  return bit_or(shift_left(pair, 1), low);
+}
+
 // scale * level of columns [begin, end) of one tile into panel[(k - begin) * 16 + lane].
 template <int kBits, bool kTrellis>
 static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_t begin, int64_t end, float* panel) {
   const format::WeightFormat& f = args.format;
-  const int32_t* words = reinterpret_cast<const int32_t*>(tile + args.layout.words);
+  const int32_t* words = reinterpret_cast<const int32_t*>(tile + args.layout.codes);
   const F32 table = load(args.levels), table_high = load(args.levels + kTile);
   const I32 none = zero_words();
   I32 previous = none, before = none;  // codes of the two columns before; a block starts without
@@ -35,11 +51,16 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
             f.split ? format::load_scale(tile + args.layout.outlier_scale, group * kTile + r, f.scale_type) : 0.0f;
       }
     }
-    const int64_t bit = k * kBits;
-    const int64_t word = bit >> 5;
-    const int shift = int(bit & 31);
-    I32 codes = shift_right(load_words(words + word * kTile), shift);
-    if (shift + kBits > 32) codes = bit_or(codes, shift_left(load_words(words + (word + 1) * kTile), 32 - shift));
+    I32 codes;
+    if ((kBits == 3 || kBits == 4) && args.layout.chunk > 0) {
+      codes = codes_of_column<kBits>(args.layout, tile, k);
+    } else {
+      const int64_t bit = k * kBits;
+      const int64_t word = bit >> 5;
+      const int shift = int(bit & 31);
+      codes = shift_right(load_words(words + word * kTile), shift);
+      if (shift + kBits > 32) codes = bit_or(codes, shift_left(load_words(words + (word + 1) * kTile), 32 - shift));
+    }
     F32 level;
     if (kTrellis) {
       const I32 index = bit_or(shift_left(bit_xor(codes, low_bit(before)), 1), low_bit(previous));

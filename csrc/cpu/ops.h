@@ -169,7 +169,8 @@ struct Linear {
   static constexpr int kOutputs = 1;
   TensorView x;
   PrepackedWeight weight;
-  TensorView bias;  // optional
+  TensorView bias;          // optional
+  std::string activations;  // f32, a16, a8
   Status plan(TensorSpec* out) const;
   Status run(const TensorView* out) const;
 };

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "cpu/interleave.h"
 #include "cpu/ops.h"
 #include "cpu/select.h"
 
@@ -61,8 +62,8 @@ std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* 
                               void* outlier_index, void* outlier_value, void* outlier_scale, void* mask) {
   const int64_t groups = format::num_groups(f), entries = format::num_blocks(f) * f.c;
   const int64_t scale_bytes = format::scale_bytes(f.scale_type);
-  std::vector<Section> list{
-      {row_scale, 0, 1, 2}, {packed, t.words, format::num_words(f), 4}, {scale, t.scale, groups, scale_bytes}};
+  std::vector<Section> list{{row_scale, 0, 1, 2}, {scale, t.scale, groups, scale_bytes}};
+  if (t.chunk == 0) list.push_back({packed, t.codes, format::num_words(f), 4});
   if (f.c > 0) {
     list.push_back({outlier_value, t.outlier_value, entries, 1});
     list.push_back({outlier_index, t.outlier_index, entries, 1});
@@ -81,6 +82,38 @@ void copy_to_float(const TensorView& t, int64_t begin, int64_t count, float* out
                                            : half_to_float(t.as<uint16_t>()[begin + i]);
   }
 }
+
+// Memory for activations as integers, and what the kernels must know of the order of columns.
+struct IntegerRows {
+  std::vector<int8_t> x;
+  std::vector<int32_t> start;
+  std::vector<float> scale;
+  std::vector<uint32_t> keep;
+
+  void prepare(const WeightFormat& f, const TileLayout& t, int planes, int64_t M, LinearArgs* args) {
+    QuantizedRows& q = args->q;
+    q.planes = planes;
+    q.span = f.group_size;
+    if (q.span > kMaxSpan) {
+      q.span = kMaxSpan;
+      while (f.group_size % q.span != 0) q.span /= 2;
+    }
+    q.num_spans = ceil_div(f.K, q.span);
+    x.assign(size_t(M * planes * t.num_chunks * t.chunk), 0);
+    start.resize(size_t(M * planes * q.num_spans));
+    scale.resize(size_t(M * q.num_spans));
+    q.x = x.data();
+    q.start = start.data();
+    q.scale = scale.data();
+    keep.assign(size_t(t.num_chunks), 0xFFFFFFFFu);
+    const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+    for (int64_t b = 0; b < blocks.num_blocks; ++b) {
+      const int64_t k = format::block_begin(blocks, b), j = k % t.chunk / (t.chunk / 4);
+      keep[size_t(k / t.chunk)] &= ~(0xFFu << (8 * j));
+    }
+    args->keep = keep.data();
+  }
+};
 
 Status check_float(const char* op, const char* name, const TensorView& t) {
   return check_dtype(op, name, t, {DType::kFloat32, DType::kFloat16, DType::kBFloat16});
@@ -116,6 +149,7 @@ Status Prepack::run(const TensorView* out) const {
       for (const Section& s : list) {
         rows_to_lanes(static_cast<const uint8_t*>(s.rows), tile + s.offset, i * kTileRows, f.N, s.count, s.bytes);
       }
+      if (t.chunk > 0) words_to_chunks(f, t, weight.packed.as<uint32_t>(), i * kTileRows, tile + t.codes);
     }
   });
   return {};
@@ -197,6 +231,7 @@ Status Unprepack::run(const TensorView* out) const {
       for (const Section& s : list) {
         lanes_to_rows(tile + s.offset, static_cast<uint8_t*>(s.rows), i * kTileRows, f.N, s.count, s.bytes);
       }
+      if (t.chunk > 0) chunks_to_words(f, t, tile + t.codes, i * kTileRows, out[0].as<uint32_t>());
     }
   });
   return {};
@@ -210,6 +245,9 @@ Status Linear::plan(TensorSpec* out) const {
   PRECAL_RETURN_IF_ERROR(weight.check(op, &f));
   if (x.ndim < 1 || x.shape[x.ndim - 1] != f.K) {
     return invalid_value(op, ": x must be [..., K] with K = ", f.K, ", got ", shape_text(x));
+  }
+  if (activations != "f32" && activations != "a16" && activations != "a8") {
+    return invalid_value(op, ": activations must be f32, a16 or a8, got ", activations);
   }
   if (bias.present) {
     PRECAL_RETURN_IF_ERROR(check_float(op, "bias", bias));
@@ -246,9 +284,14 @@ Status Linear::run(const TensorView* out) const {
   args.y_dtype = out[0].dtype;
   args.y_stride = f.N;
 
+  IntegerRows rows;
+  const bool integers = activations != "f32" && args.layout.chunk > 0 && kernels().linear_int8_tiles != nullptr;
+  const int64_t most = integers ? kInt8MaxRows : kLinearMaxRows;
+  if (integers) rows.prepare(f, args.layout, activations == "a16" ? 2 : 1, std::min(M, most), &args);
+
   std::vector<float> x_copy;
-  for (int64_t m = 0; m < M; m += kLinearMaxRows) {
-    args.M = std::min(kLinearMaxRows, M - m);
+  for (int64_t m = 0; m < M; m += most) {
+    args.M = std::min(most, M - m);
     if (x.dtype == DType::kFloat32) {
       args.x = x.as<float>() + m * f.K;
     } else {
@@ -257,13 +300,19 @@ Status Linear::run(const TensorView* out) const {
       args.x = x_copy.data();
     }
     args.y = out[0].as<uint8_t>() + m * f.N * dtype_bytes(out[0].dtype);
+    if (integers) {
+      parallel_for(0, args.M, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(f.K, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     kernels().quantize_activations(args.x, f.K, args.layout, args.q, begin, end);
+                   });
+    }
     // A piece is worth a thread from about 32 thousand multiply-adds on.
     const int64_t tile_work = std::max<int64_t>(1, kTileRows * f.K * (args.M + 4));
-    parallel_for(0, args.layout.num_tiles, std::max<int64_t>(1, (1 << 15) / tile_work),
-                 [&](int64_t begin, int64_t end) {
-                   std::vector<float> scratch(static_cast<size_t>(linear_scratch_floats()));
-                   kernels().linear_tiles(args, begin, end, scratch.data());
-                 });
+    const int64_t grain = std::max<int64_t>(integers ? 2 : 1, (1 << 15) / tile_work);
+    parallel_for(0, args.layout.num_tiles, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(static_cast<size_t>(linear_scratch_floats()));
+      (integers ? kernels().linear_int8_tiles : kernels().linear_tiles)(args, begin, end, scratch.data());
+    });
   }
   return {};
 }

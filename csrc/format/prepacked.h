@@ -7,7 +7,8 @@
 //   grid     256 bytes: int8 levels, zero padded (absent grid: all zero)
 //   tile 0, tile 1, ... ceil(N/16) of them, tile_bytes apart; each a run of sections, every one 64-byte aligned:
 //     row_scale      [16]               bfloat16
-//     words          [words][16]        int32, the bit stream word by word
+//     codes          [chunks][...]      3 and 4 bits: interleave.h
+//       or           [words][16]        other widths, odd group sizes, split: int32, the bit stream word by word
 //     scale          [groups][16]       e4m3 or float16
 //     outlier_scale  [groups][16]       as scale; split only
 //     outlier_value  [blocks][c][16]    e4m3
@@ -16,6 +17,7 @@
 //   Rows past N are zero everywhere, so they contribute nothing.
 #pragma once
 
+#include "format/interleave.h"
 #include "format/qtensor.h"
 
 namespace precal::format {
@@ -40,15 +42,19 @@ constexpr int64_t kPrepackedGridOffset = 64;
 constexpr int64_t kPrepackedTilesOffset = kPrepackedGridOffset + 256;
 
 struct TileLayout {
-  int64_t words, scale, outlier_scale, outlier_value, outlier_index, mask;  // byte offsets inside a tile
+  int64_t chunk, num_chunks, chunk_bytes;                                   // chunk 0: codes are words
+  int64_t codes, scale, outlier_scale, outlier_value, outlier_index, mask;  // byte offsets inside a tile
   int64_t tile_bytes, num_tiles, total_bytes;
 };
 
 PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
   TileLayout t;
   int64_t offset = 64;  // row_scale: 32 bytes, padded to a line
-  t.words = offset;
-  offset = round_up(offset + num_words(f) * kTileRows * 4, 64);
+  t.codes = offset;
+  t.chunk = f.split ? 0 : chunk_columns(f.bits, f.group_size);
+  t.num_chunks = t.chunk > 0 ? ceil_div(f.K, t.chunk) : 0;
+  t.chunk_bytes = chunk_bytes(f.bits, t.chunk);
+  offset = round_up(offset + (t.chunk > 0 ? t.num_chunks * t.chunk_bytes : num_words(f) * kTileRows * 4), 64);
   t.scale = offset;
   const int64_t scales = num_groups(f) * kTileRows * scale_bytes(f.scale_type);
   offset = round_up(offset + scales, 64);

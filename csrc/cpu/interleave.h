@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Codes of one tile between canonical words and chunks (format/interleave.h).
+#pragma once
+
+#include "format/prepacked.h"
+
+namespace precal::cpu {
+
+// Rows [first_row, first_row + 16) of `words` [N][num_words] into the zeroed codes of a tile; rows past N stay zero.
+void words_to_chunks(const format::WeightFormat& f, const format::TileLayout& t, const uint32_t* words,
+                     int64_t first_row, uint8_t* codes);
+
+void chunks_to_words(const format::WeightFormat& f, const format::TileLayout& t, const uint8_t* codes,
+                     int64_t first_row, uint32_t* words);
+
+}  // namespace precal::cpu
