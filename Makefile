@@ -12,7 +12,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
 
-.PHONY: demo test lint build bench-recipes bench-quality clean
+.PHONY: demo test lint build bench-recipes bench-quality bench-cpu clean
 
 demo: $(VENV)/.build-tools
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation ".[hf]"
@@ -43,6 +43,11 @@ bench-quality: build
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[bench]"
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/quality.py --ours
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/sqnr.py --ours
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
+
+# docs/performance.md and the README's speeds, on a quiet machine; peers that are installed take part (bench/README.md).
+bench-cpu: build
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/cpu.py $(BENCH_ARGS)
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
 
 clean:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Committed results -> docs/results.md, docs/sqnr.md, docs/quality.md with its plot; marked parts of README.md and
-docs/method.md.
+"""Committed results -> docs/results.md, docs/sqnr.md, docs/performance.md, docs/quality.md with its plot; marked parts
+of README.md and docs/method.md. Documents of results that are not there stay as they are; only docs/performance.md then
+says so.
 
     python bench/report.py [--check]
 
@@ -15,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+from performance import performance_page, readme_performance
 from rows import Row, in_panel, ours, panels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +24,8 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def rows(name: str) -> list[Row]:
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def label(setting: Row) -> str:
@@ -375,14 +378,21 @@ def main() -> None:
     args = parser.parse_args()
     recipes, fits = rows("recipes.jsonl"), rows("fit.jsonl")
     quality, sqnr = rows("quality.jsonl"), rows("sqnr.jsonl")
-    readme, method = ROOT / "README.md", ROOT / "docs" / "method.md"
-    wanted = {
-        ROOT / "docs" / "results.md": results_page(recipes),
-        ROOT / "docs" / "quality.md": quality_page(quality),
-        ROOT / "docs" / "sqnr.md": sqnr_page(sqnr),
-        readme: replace(readme.read_text(encoding="utf-8"), "recipes", readme_table(recipes)),
-        method: replace(method.read_text(encoding="utf-8"), "fit", fit_table(fits)),
-    }
+    speed, quoted = rows("cpu.jsonl"), rows("cpu_quoted.jsonl")
+    docs = ROOT / "docs"
+    readme, method = ROOT / "README.md", docs / "method.md"
+    front = replace(readme.read_text(encoding="utf-8"), "performance", readme_performance(speed))
+    wanted = {docs / "performance.md": performance_page(speed, quoted)}
+    if recipes:
+        front = replace(front, "recipes", readme_table(recipes))
+        wanted[docs / "results.md"] = results_page(recipes)
+    if quality:
+        wanted[docs / "quality.md"] = quality_page(quality)
+    if sqnr:
+        wanted[docs / "sqnr.md"] = sqnr_page(sqnr)
+    if fits:
+        wanted[method] = replace(method.read_text(encoding="utf-8"), "fit", fit_table(fits))
+    wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:
         if stale:
@@ -390,9 +400,14 @@ def main() -> None:
         return
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
+    if not quality:
+        return
     from plot import plot_quality
 
-    plot_quality(quality, ROOT / "docs" / "quality.png")
+    try:
+        plot_quality(quality, docs / "quality.png")
+    except ImportError as error:  # matplotlib
+        print(f"report: docs/quality.png is left as it is: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ MAY_INCLUDE = {
     "format": {"core", "format"},
     "cpu": {"core", "format", "cpu"},
     "cuda": {"core", "format", "cuda"},
-    "bindings": {"core", "format", "cpu", "cuda", "bindings"},
+    "bench": {"core", "bench"},
+    "bindings": {"core", "format", "cpu", "cuda", "bench", "bindings"},
 }
 # Foreign headers, and the only folders that may see them.
 FOREIGN = {
     r"(torch|ATen|c10)/": {"bindings"},
     r"pybind11/|Python\.h": {"bindings"},
     r"cuda|cublas|mma\.h|cooperative_groups": {"cuda", "bindings"},
-    r".*intrin\.h": {"cpu"},
+    r".*intrin\.h": {"cpu", "bench"},
 }
 
 # Lowest first: a module imports only modules before it in this list. `integrations` stands for all of its modules.

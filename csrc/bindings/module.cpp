@@ -4,6 +4,7 @@
 #include <array>
 #include <optional>
 
+#include "bindings/bench_limits.h"
 #include "bindings/python_array.h"
 #include "bindings/thread_pool.h"
 #include "core/parallel.h"
@@ -90,6 +91,8 @@ PYBIND11_MODULE(_C, m) {
       "precal's CPU ops on numpy arrays and DLPack tensors (bfloat16 comes out as uint16 bits). Same names, arguments "
       "and bytes as torch.ops.precal; the contracts are in precal_ext.ops.";
   set_parallel_for(pool_parallel_for);
+
+  define_limits(m);
 
   m.def("build_info", &build_info, "Version, compiler, instruction sets and CUDA architectures of this build.");
   m.def("cpu_isa", &cpu_isa, "Instruction set in use: scalar, avx2 or avx512. PRECAL_ISA forces one.");

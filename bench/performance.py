@@ -1,0 +1,223 @@
+"""Rows of bench/cpu.py -> docs/performance.md and the table of the README."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rows import Row
+
+LIMITS = {
+    "dram_read": "DRAM read, GB/s",
+    "copy": "memcpy, GB/s copied",
+    "fp32_fma": "float32 multiply-add, Gop/s",
+    "bf16_dot": "bfloat16 dot (vdpbf16ps), Gop/s",
+    "int8_dot": "int8 dot (vpdpbusd), Gop/s",
+}
+SHORT = {"dram_read": "read", "fp32_fma": "fp32", "bf16_dot": "bf16", "int8_dot": "int8"}
+DENSE = "torch bf16, oneDNN prepacked"
+EMPTY = "No run of `make bench-cpu` is committed yet: it wants a quiet machine."
+
+HOW = """\
+Median time of a call, with every thread of the machine. The percentage is the share of what the machine could do at
+most, by the limit that binds: reading the packed weight from memory (`read`), or multiply-adds of the kind that the
+mode allows (`fp32`, `bf16`, `int8`). Limits are measured in the same rounds and shares paired inside them, because
+memory bandwidth drifts. For M < 64 weights are cold: copies that differ, together more than 4 x L3; from M = 64 on
+there is one copy, which may stay in L3. Every result was checked against float64. In detail: `bench/cpu.py`.
+
+Modes: `a16` keeps activations in 16 bits, `a8` rounds them to int8 inside the call, `f32` computes in float32. A peer
+is compared with ours of the same kind: one that rounds activations to int8 with `a8`, one that does not with `a16` and
+`f32`. "x peer" and "x dense" (bfloat16) are its time over ours, where both come from one run; bold: it is faster."""
+
+QUOTED = """\
+These have no wheel that could run in the same rounds. Measured apart, on a machine of the same kind, the same way;
+times in us at M = 1, 4, 16, with the share of DRAM read at M = 1, and Gop/s above. All round activations to int8."""
+
+
+def machines(data: list[Row]) -> list[tuple[str, str, int]]:
+    return list(dict.fromkeys((r["cpu"], r["isa"], r["threads"]) for r in data))
+
+
+def of_machine(data: list[Row], machine: tuple[str, str, int]) -> list[Row]:
+    return [r for r in data if (r["cpu"], r["isa"], r["threads"]) == machine]
+
+
+def ours(row: Row) -> bool:
+    return bool(row["source"] == "precal")
+
+
+def shapes(data: list[Row]) -> list[str]:
+    return sorted({r["shape"] for r in data}, key=lambda shape: tuple(map(int, shape.split("x"))))
+
+
+def best_peer(data: list[Row], row: Row) -> Row | None:
+    """The fastest int4 kernel at the same point of the same run that treats activations as this row does."""
+    rivals = [
+        r
+        for r in data
+        if not ours(r)
+        and (r["run"], r["shape"], r["M"]) == (row["run"], row["shape"], row["M"])
+        and (r["mode"] == "a8") == (row["mode"] == "a8")
+        and r["bits"] < 16
+    ]
+    return min(rivals, key=lambda r: float(r["us"]), default=None)
+
+
+def dense(data: list[Row], row: Row) -> Row | None:
+    at = (DENSE, row["run"], row["shape"], row["M"])
+    return next((r for r in data if (r["format"], r["run"], r["shape"], r["M"]) == at), None)
+
+
+def times(row: Row, rival: Row | None) -> str:
+    if rival is None:
+        return "-"
+    ratio = rival["us"] / row["us"]
+    return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+
+
+def share(row: Row) -> str:
+    return "-" if row["share"] is None else f"{row['share']:.0%} {SHORT[row['limit']]}"
+
+
+def microseconds(row: Row) -> str:
+    us = float(row["us"])
+    return f"{us:.0f}" if us >= 100 else f"{us:.1f}"
+
+
+def setting(row: Row) -> str:
+    return str(row["format"]).removeprefix("precal ")
+
+
+def sources(data: list[Row]) -> list[str]:
+    """A line for every run."""
+    lines = []
+    for run in dict.fromkeys(r["run"] for r in data):
+        part = [r for r in data if r["run"] == run]
+        first = part[0]
+        versions = sorted({r["source"] for r in part if not ours(r)})
+        lines.append(
+            f"- {first['date']}, commit {first['commit']}, precal {first['precal']}, Python {first['python']}, numpy "
+            f"{first['numpy']}{''.join(', ' + v for v in versions)}; `{first['command'].strip()}`; turns of "
+            f"{first['turn_ms']:g} ms, at most {max(r['foreign_max'] for r in part):.0%} of the CPU used by others in "
+            f"one that counts, {sum(r['dropped'] for r in part)} of "
+            f"{sum(r['dropped'] + r['turns'] for r in part)} turns dropped."
+        )
+    return lines
+
+
+def limit_table(data: list[Row]) -> list[str]:
+    lines = ["| limit | least | median | most |", "|---|---|---|---|"]
+    for name, label in LIMITS.items():
+        found = [r["limits"][name] for r in data if name in r["limits"]]
+        figures = (min(found), statistics.median(found), max(found)) if found else ()
+        lines.append(f"| {label} | " + (" | ".join(f"{v:.0f}" for v in figures) or "not on this CPU | - | -") + " |")
+    return lines
+
+
+def our_table(data: list[Row], shape: str) -> list[str]:
+    lines = [
+        "| M | bits, group, c, coding, mode | us | of the limit | best peer | its us | its share | x peer | x dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    here = [r for r in data if r["shape"] == shape and ours(r)]
+    for r in sorted(here, key=lambda r: (r["M"], -r["bits"], r["group_size"], r["c"], setting(r))):
+        rival = best_peer(data, r)
+        peer = f"{rival['format']} | {microseconds(rival)} | {share(rival)}" if rival else "- | - | -"
+        figures = f"{microseconds(r)} | {share(r)} | {peer} | {times(r, rival)} | {times(r, dense(data, r))}"
+        lines.append(f"| {r['M']} | {setting(r)} | {figures} |")
+    return lines
+
+
+def peer_table(data: list[Row], shape: str) -> list[str]:
+    here = [r for r in data if r["shape"] == shape and not ours(r)]
+    if not here:
+        return []
+    tokens = sorted({r["M"] for r in here})
+    lines = [
+        "",
+        "| peer: us, share of the limit | mode | bits | " + " | ".join(f"M = {M}" for M in tokens) + " | error |",
+        "|---|---|---|" + "---|" * (len(tokens) + 1),
+    ]
+    for name in dict.fromkeys(r["format"] for r in here):
+        part = {r["M"]: r for r in here if r["format"] == name}
+        first = next(iter(part.values()))
+        cells = [f"{microseconds(part[M])}, {share(part[M])}" if M in part else "-" for M in tokens]
+        worst = max(r["error"] for r in part.values())
+        lines.append(f"| {name} | {first['mode']} | {first['bits']:g} | " + " | ".join(cells) + f" | {worst:.1e} |")
+    return lines
+
+
+def quoted_tables(quoted: list[Row]) -> list[str]:
+    if not quoted:
+        return []
+    first = quoted[0]
+    lines = ["", "## Quoted: ggml and ik_llama.cpp", "", f"{QUOTED} {first['date']}, {first['cpu']}."]
+    for shape in shapes(quoted):
+        lines += [
+            "",
+            f"{shape}:",
+            "",
+            "| kernel | bits | M = 1 | M = 4 | M = 16 | M = 64, Gop/s | M = 256 | M = 512 |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for r in (r for r in quoted if r["shape"] == shape):
+            us, gops = r["us"], r["gops"]
+            cells = [f"{us['1']}, {r['read_share']:.0%} read", us["4"], us["16"], gops["64"], gops["256"], gops["512"]]
+            lines.append(f"| {r['format']} ({r['source']}) | {r['bits']:g} | " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def performance_page(data: list[Row], quoted: list[Row]) -> str:
+    lines = [
+        "# Speed on the CPU",
+        "",
+        "Generated by `bench/report.py` from `bench/results/cpu.jsonl` and `cpu_quoted.jsonl`; do not edit.",
+        "",
+        *(HOW.splitlines() if data else [EMPTY]),
+    ]
+    for machine in machines(data):
+        part = of_machine(data, machine)
+        cpu, isa, threads = machine
+        lines += ["", f"## {cpu}, {isa}, {threads} thread{'s' * (threads > 1)}", "", *sources(part)]
+        lines += ["", *limit_table(part)]
+        for shape in shapes(part):
+            lines += ["", f"### {shape}", "", *our_table(part, shape), *peer_table(part, shape)]
+    return "\n".join([*lines, *quoted_tables(quoted)]) + "\n"
+
+
+def readme_performance(data: list[Row]) -> str:
+    """The default setting at a few M on the shape that most rows are of, on the machine of the newest run."""
+    if not data:
+        return EMPTY
+    newest = max(data, key=lambda r: str(r["run"]))
+    part = of_machine(data, (newest["cpu"], newest["isa"], newest["threads"]))
+    found = [r for r in part if ours(r) and r["trellis"] and (r["group_size"], r["c"]) == (64, 1)]
+    if not found:
+        return EMPTY
+    shape = statistics.mode(r["shape"] for r in found)
+    here = [r for r in found if r["shape"] == shape]
+    tokens = [M for M in (1, 4, 16, 64, 256, 512) if any(r["M"] == M for r in here)]
+    lines = [
+        f"`linear` on a {shape} weight (N x K), default setting: us, share of the limit of the machine, and the time "
+        "of the best peer with the same activations over ours:",
+        "",
+        "| | " + " | ".join(f"M = {M}" for M in tokens) + " |",
+        "|---|" + "---|" * len(tokens),
+    ]
+    for bits, mode in sorted({(r["bits"], r["mode"]) for r in here}, key=lambda key: (-key[0], key[1])):
+        cells = []
+        for M in tokens:
+            r: Any = next((r for r in here if (r["bits"], r["mode"], r["M"]) == (bits, mode, M)), None)
+            if r is None:
+                cells.append("-")
+                continue
+            rival = best_peer(part, r)
+            against = f", {times(r, rival)} x" if rival else ""
+            cells.append(f"{microseconds(r)} ({share(r)}){against}")
+        lines.append(f"| {bits} bits, {mode} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{newest['date']}, {newest['cpu']} ({newest['isa']}, {newest['threads']} threads); "
+        f"`{newest['command'].strip()}`. Every shape, setting and peer: [docs/performance.md](docs/performance.md).",
+    ]
+    return "\n".join(lines)
