@@ -191,13 +191,10 @@ def test_distributions_count_every_weight(config: QuantizeConfig, dtype: torch.d
 
 
 def test_the_mass_of_a_level_is_the_number_of_its_codes() -> None:
-    from precal_ext import ops
-
     w = torch.randn(32, 256, generator=generator(2))
     config = QuantizeConfig(c=0)
     q = quantize_weight(w, config, fit_set_grid([w], config))
-    codes = ops.unpack(q.tensors["weight_packed"], 4, 256).flatten()
-    levels = q.tensors["weight_grid"].flatten()[codes.long()]
+    levels = q.tensors["weight_grid"].flatten()[q.level_index().flatten().long()]
     expected = Counter(levels.tolist())
     d = html_report.distribution(w, q)
     assert dict(zip(d.levels, d.mass, strict=True)) == {level: expected[int(level)] for level in d.levels}
