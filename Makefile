@@ -12,7 +12,11 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
 
-.PHONY: demo test lint build bench-recipes bench-quality bench-cpu clean
+.PHONY: demo test lint build bench-recipes bench-quality bench-cpu fuzz tsan clean
+
+# What `make fuzz` runs; the campaigns of docs/reliability.md had a million of each.
+FUZZ ?= 1000000
+SEED ?= 1
 
 demo: $(VENV)/.build-tools
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation ".[hf]"
@@ -49,6 +53,18 @@ bench-quality: build
 bench-cpu: build
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/cpu.py $(BENCH_ARGS)
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
+
+# Random calls of every op under ASan and UBSan, and random headers.
+fuzz: build
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/fuzz_ops.py --calls $(FUZZ) --seed $(SEED)
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/fuzz_headers.py --headers $(FUZZ) --seed $(SEED)
+
+# Every op on 1 to 8 threads under ThreadSanitizer, which must first report a race that is there.
+tsan: $(VENV)/.build-tools
+	PATH="$(BIN):$$PATH" cmake -G Ninja -S . -B build/tsan -DPRECAL_SANITIZE=thread -DPython_EXECUTABLE=$(BIN)/python
+	PATH="$(BIN):$$PATH" cmake --build build/tsan --target threads
+	! build/tsan/threads --race
+	build/tsan/threads
 
 clean:
 	rm -rf build $(VENV) *.egg-info precal_ext/*.so

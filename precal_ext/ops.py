@@ -122,7 +122,7 @@ def histogram(
         w: [N, K] float32, float16 or bfloat16; NaN and infinities are counted outside.
         num_bins: 1 to 2**24.  lo, hi: finite, lo < hi, far enough apart that double tells the bins apart.
         divisor: float32 [N, G] or None for 1. The division is float32.
-        weight: int64 [N, G], what each weight of a group adds to its bin, or None for 1; weight 0 skips the group.
+        weight: int64 [N, G] in [0, 2**31], what each weight of a group adds to its bin (0: skipped), or None for 1.
         label: uint8 [N, K] below ``num_labels``, or None.
         num_labels: 1 to 256, num_labels * num_bins at most 2**24; 1 without ``label``.
     Returns:
@@ -142,6 +142,7 @@ def spread_codes(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
 
     Args:
         counts: int64 [bins] >= 0, histogram of w / (row_scale * scale) over [lo, hi]; or [levels, bins], by code.
+        lo, hi: as for ``histogram``, and within [-1e100, 1e100].
         grid: int8, 2 to 256 non-decreasing levels in [-127, 127].
     Returns:
         float64 [bins], the same total mass as ``counts``.

@@ -8,11 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
+import fuzz_ops
 import numpy as np
 import pytest
 import shapes
 import torch
-from conftest import ISAS, ROOT, THREADS, forced_isa, forced_threads
+from conftest import ISAS, ROOT, forced_isa, forced_threads
 from torch import Tensor
 
 from precal_ext import _C, ops
@@ -111,22 +112,37 @@ def test_c_gives_the_bytes_of_the_op(isa: str, name: str, kind: str) -> None:
         assert a.tobytes() == b.tobytes()
 
 
-@pytest.mark.parametrize("name", ["salience_threshold", "histogram", "quantize_groups", "linear"])
-def test_threads_of_c_change_no_byte(name: str) -> None:
-    w = shapes.student_t(300, 1000)
-    weight = shapes.random_weight(0, 200, 1000, 3, 50, c=1)
-    arguments = {
-        "salience_threshold": (w, 0.01),
-        "histogram": (w, 1000, -0.1, 0.1),
-        "quantize_groups": (w, None, 4, 50, 1),
-        "linear": (w[:70], ops.prepack(*weight), None, *weight.numbers),
-    }[name]
+W300 = shapes.student_t(300, 1000)  # cut into pieces by every op: more elements than the coarsest grain, 19 tiles
+W_TRELLIS = shapes.random_weight(0, 300, 1000, 4, 50, c=1, trellis=True)
+TRELLIS = torch.tensor([shapes.TRELLIS_4], dtype=torch.int8)
+THREADED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "soft_threshold": ("soft_threshold", (W300, 1e-4)),
+    "salience_threshold of the tensor": ("salience_threshold", (W300, 0.01)),
+    "salience_threshold of groups": ("salience_threshold", (W300, 0.01, "group", 64, "row")),
+    "salience_mask": ("salience_mask", (W300, torch.tensor([1e-3], dtype=torch.float64), "tensor", 64, "group")),
+    "histogram": ("histogram", (W300, 1000, -0.1, 0.1)),
+    "histogram by label": ("histogram", (W300, 50, -0.1, 0.1, None, None, 64, (W300 > 0).byte(), 2)),
+    "quantize_groups": ("quantize_groups", (W300, None, 4, 50, 1)),
+    "quantize_groups with a trellis": ("quantize_groups", (W300, TRELLIS, 4, 50, 1)),
+    "quantize_split": ("quantize_split", (W300, W300.abs() > 0.05, 4, 50)),
+    "pack": ("pack", ((W300 * 100).byte() % 8, 3)),
+    "unpack": ("unpack", (W_TRELLIS.packed, 4, 1000)),
+    "dequantize": ("dequantize", tuple(W_TRELLIS)),
+    "prepack": ("prepack", tuple(W_TRELLIS)),
+    "unprepack": ("unprepack", (ops.prepack(*W_TRELLIS), *W_TRELLIS.numbers)),
+    "linear": ("linear", (W300[:70], ops.prepack(*W_TRELLIS), None, *W_TRELLIS.numbers)),
+}
+
+
+@pytest.mark.parametrize("case", THREADED)
+def test_threads_of_c_change_no_byte(case: str) -> None:
+    name, arguments = THREADED[case]
     results = []
-    for count in THREADS:
+    for count in range(1, 9):
         with forced_threads(count):
             assert _C.get_num_threads() == count
             results.append([a.tobytes() for a in as_tuple(getattr(_C, name)(*map(to_numpy, arguments)))])
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results)
 
 
 def test_numpy_arrays_need_no_alignment() -> None:
@@ -139,6 +155,39 @@ def test_numpy_arrays_need_no_alignment() -> None:
         with forced_isa(isa):
             for a, b in zip(_C.quantize_groups(crooked, None, 4, 16), _C.quantize_groups(w, None, 4, 16), strict=True):
                 assert a.tobytes() == b.tobytes()
+
+
+def test_a_prepacked_weight_at_an_odd_address() -> None:
+    """The kernel reads int32 words out of it: _C copies, torch.ops.precal refuses."""
+    weight = shapes.random_weight(0, 17, 300, 3, 50, c=1)
+    prepacked, x = ops.prepack(*weight), shapes.gaussian(5, 300)
+    crooked = torch.cat([prepacked[:1], prepacked])[1:]
+    for isa in ISAS:
+        with forced_isa(isa):
+            want = ops.linear(x, prepacked, None, *weight.numbers).numpy()
+            assert _C.linear(x.numpy(), crooked.numpy(), None, *weight.numbers).tobytes() == want.tobytes()
+    with pytest.raises(ValueError, match=r"^precal: prepacked must be aligned to 4 bytes"):
+        ops.linear(x, crooked, None, *weight.numbers)
+
+
+def test_a_torch_tensor_at_an_odd_address_is_refused() -> None:
+    w = torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1, count=10)
+    with pytest.raises(ValueError, match=r"^precal: w must be aligned to 4 bytes, got an odd address; call .clone\(\)"):
+        ops.soft_threshold(w, 0.0)
+
+
+TALL, LONG = np.empty((2**40, 0), np.float32), np.empty((0, 2**40), np.float32)
+
+
+def test_tensors_without_elements_take_no_time() -> None:
+    """However many rows they have: 2**40 turns of an empty loop are half an hour."""
+    assert _C.pack(TALL.astype(np.uint8), 4).shape == _C.unpack(TALL.astype(np.int32), 4, 0).shape == TALL.shape
+    assert _C.histogram(TALL, 3, 0.0, 1.0)[0].tolist() == [0, 0, 0]
+    assert _C.soft_threshold(TALL, 0.0).shape == TALL.shape
+    assert _C.salience_threshold(TALL, 0.1, "group", 8).shape == TALL.shape
+    assert _C.salience_threshold(TALL, 0.1, "tensor", 8, "row").tolist() == [0.0]
+    assert _C.salience_threshold(np.empty((3, 0), np.float32), 0.1, "row").tolist() == [0.0] * 3
+    assert _C.salience_mask(TALL, np.zeros(1), "tensor", 8, "row").shape == TALL.shape
 
 
 def test_read_only_arrays_are_accepted() -> None:
@@ -190,6 +239,7 @@ def test_a_missing_tensor_is_an_error_and_not_a_crash() -> None:
 
 
 W = np.ones((4, 10), np.float32)
+EMPTY_ROWS = shapes.random_weight(0, 5, 0, 4, 64)
 
 
 @pytest.mark.parametrize(
@@ -198,27 +248,27 @@ W = np.ones((4, 10), np.float32)
         (
             lambda: _C.soft_threshold([1.0, 2.0], 0.0),
             TypeError,
-            "w must be a numpy array or a DLPack tensor, got <class 'list'>",
+            "w must be a numpy array or a DLPack tensor, got list",
         ),
         (
             lambda: _C.soft_threshold(1.0, 0.0),
             TypeError,
-            "w must be a numpy array or a DLPack tensor, got <class 'float'>",
+            "w must be a numpy array or a DLPack tensor, got float",
         ),
         (
             lambda: _C.soft_threshold(W.astype("f8"), 0.0),
             TypeError,
             "soft_threshold: w must have dtype float32 or float16",
         ),
-        (lambda: _C.soft_threshold(W.astype("c8"), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
-        (lambda: _C.soft_threshold(W.astype("i2"), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
-        (lambda: _C.soft_threshold(np.array(["a"]), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
-        (lambda: _C.soft_threshold(np.array([None]), 0.0), TypeError, "precal: w must have dtype bool, uint8"),
-        (lambda: _C.soft_threshold(W.astype(">f4"), 0.0), TypeError, "precal: w must have"),
+        (lambda: _C.soft_threshold(W.astype("c8"), 0.0), TypeError, "soft_threshold: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(W.astype("i2"), 0.0), TypeError, "soft_threshold: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(np.array(["a"]), 0.0), TypeError, "soft_threshold: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(np.array([None]), 0.0), TypeError, "soft_threshold: w must have dtype bool, uint8"),
+        (lambda: _C.soft_threshold(W.astype(">f4"), 0.0), TypeError, "soft_threshold: w must have"),
         (
             lambda: _C.soft_threshold(torch.ones(3, dtype=torch.complex64), 0.0),
             TypeError,
-            "precal: w must have dtype bool",
+            "soft_threshold: w must have dtype bool",
         ),
         (lambda: _C.soft_threshold(W.T, 0.0), ValueError, "soft_threshold: w must be contiguous"),
         (lambda: _C.soft_threshold(torch.ones(4, 10).T, 0.0), ValueError, "soft_threshold: w must be contiguous"),
@@ -230,6 +280,60 @@ W = np.ones((4, 10), np.float32)
         (lambda: _C.set_num_threads(0), ValueError, "set_num_threads: n must lie in [1, 1024], got 0"),
         (lambda: _C.outlier_blocks(-1), ValueError, "outlier_blocks: K must lie in [0, 2^30], got -1"),
         (lambda: _C.soft_threshold(W), TypeError, "incompatible function arguments"),
+        (lambda: _C.soft_threshold(None, 0.0), TypeError, "soft_threshold: w must be a numpy array or a DLPack tensor"),
+        (
+            lambda: _C.soft_threshold(torch.ones(3, requires_grad=True), 0.0),
+            TypeError,
+            "soft_threshold: w must be a tensor that __dlpack__ hands over, got BufferError: Can't export tensors that",
+        ),
+        (
+            lambda: _C.soft_threshold(fuzz_ops.NoCapsule(), 0.0),
+            TypeError,
+            "soft_threshold: w must be a tensor that __dlpack__ hands over, got ValueError: PyCapsule_GetPointer",
+        ),
+        (
+            lambda: _C.soft_threshold(fuzz_ops.Exported(W, shape=[-4, 10]), 0.0),
+            ValueError,
+            "soft_threshold: w must have sizes >= 0 of less than 2^60 elements in all",
+        ),
+        (
+            lambda: _C.soft_threshold(fuzz_ops.Exported(W, shape=[2**40, 2**40]), 0.0),
+            ValueError,
+            "soft_threshold: w must have sizes >= 0 of less than 2^60 elements in all",
+        ),
+        (
+            lambda: _C.soft_threshold(fuzz_ops.Exported(W, ndim=-1), 0.0),
+            ValueError,
+            "soft_threshold: w must have at most 8 dimensions, got -1",
+        ),
+        (
+            lambda: _C.soft_threshold(fuzz_ops.Exported(W, data=None), 0.0),
+            ValueError,
+            "soft_threshold: w must have data, got a null pointer",
+        ),
+        (
+            lambda: _C.soft_threshold(np.zeros(3, [("\ud800", "i2")]), 0.0),
+            TypeError,
+            "soft_threshold: w must have dtype",
+        ),
+        (
+            lambda: _C.linear(TALL, ops.prepack(*EMPTY_ROWS).numpy(), None, *EMPTY_ROWS.numbers),
+            MemoryError,
+            "linear: an output of [1099511627776, 5] float32 must fit in memory",
+        ),
+        (
+            lambda: _C.salience_mask(W, np.zeros(1), "all\x1b[2J" * 20),
+            ValueError,
+            "salience_mask: scope must be tensor, row or group, got all?[2Jall?[2Jall?[2Jall?[2Jall?[2Jall?[...",
+        ),
+        (lambda: _C.pack(LONG.astype("u1"), 4), ValueError, "pack: K must lie in [0, 2^30], got 1099511627776"),
+        (lambda: _C.quantize_groups(LONG, None, 4, 8), ValueError, "quantize_groups: K must lie in [0, 2^30]"),
+        (lambda: _C.words_per_row(2**62, 4), ValueError, "words_per_row: K must lie in [0, 2^30] and bits in [2, 8]"),
+        (
+            lambda: _C.prepacked_bytes(1, 1, 4, 64, 0, 0, False, "float32"),
+            ValueError,
+            "prepacked_bytes: scale_dtype must be e4m3 or float16, got float32",
+        ),
     ],
 )
 def test_errors(call, error: type[Exception], message: str) -> None:

@@ -177,6 +177,11 @@ COUNTS, GRID = torch.tensor([1, 2, 3]), levels(-3, 4)
         ),
         (lambda: ops.fit_grid(COUNTS[::2], 0, 1, GRID), ValueError, "counts must be contiguous"),
         (lambda: ops.fit_grid(COUNTS, 1, 0, GRID), ValueError, "lo and hi must be finite with lo < hi, got [1, 0]"),
+        (
+            lambda: ops.fit_grid(COUNTS, -1e200, 1, GRID),
+            ValueError,
+            "lo and hi must lie in [-1e100, 1e100], got [-1e+200",
+        ),
         (lambda: ops.fit_grid(COUNTS, 0, 1, GRID.int()), TypeError, "grid must have dtype int8, got int32"),
         (lambda: ops.fit_grid(COUNTS, 0, 1, GRID.flip(0)), ValueError, "grid must be non-decreasing, got 4 before -3"),
         (lambda: ops.fit_grid(COUNTS, 0, 1, levels(-128, 5)), ValueError, "grid must lie in [-127, 127], got -128"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from precal_ext import CheckpointError, quantize_checkpoint
 from precal_ext.checkpoint import read_index, read_json
 from precal_ext.foreign import quantized_by
-from precal_ext.headers import MAX_HEADER_BYTES
+from precal_ext.headers import MAX_HEADER_BYTES, judge_header
 
 pytest_plugins = ["package_fixtures"]
 
@@ -97,6 +99,64 @@ def test_a_file_too_short_for_a_length(tmp_path: Path, size: int) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(size))
     with pytest.raises(CheckpointError, match=f"got: {size} bytes, too few for the length of a header"):
         read_index(tmp_path)
+
+
+def entry_text(name: str, more: str = "") -> str:
+    return f'"{name}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]{more}}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{" + ",".join(f'"{i}":0' for i in range(500_000)) + ',"7":0}', "'7' twice"),
+        ('{"w":{"dtype":"U8","shape":[' + f"{2**62}," * 400_000 + '0],"data_offsets":[0,0]}}', "more elements than"),
+        ('{"w":{"dtype":"U8","shape":[' + "0," * 2**20 + '0],"data_offsets":[0,0]}}', "commas and brackets, more than"),
+        ("{" + ",".join(entry_text(str(i)) for i in range(200_000)) + "}", "commas and brackets, more than"),
+        ('{"__metadata__":{"a":"' + "\U0001f600" * 2**23 + '"}}', "without its padding, more than 33554432"),
+        ("{" + entry_text("w" * 10**6, ',"shape":[1]') + "}", "'shape' twice"),
+        ('{"' + "w" * 10**6 + '":1}', "with an entry without dtype: 1"),
+        ('{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,' + "9" * 4000 + "]}}", "in 0 bytes of data"),
+        ('{"__metadata__":{"a":1}}', "__metadata__ that is no object of strings: {'a': 1}"),
+        ("{" + entry_text("w", ',"more":NaN') + "}", "NaN, which is no JSON"),
+        ('{"a\\ud800\\u001b[2J":1}', "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[2J with"),
+    ],
+    ids=["twice", "product", "sizes", "tensors", "long", "name twice", "name", "digits", "metadata", "NaN", "terminal"],
+)
+def test_a_header_that_wants_time_or_memory(header: str, message: str) -> None:
+    """Refused at once; without the limits the first two would take about an hour, others gigabytes."""
+    reason = judge_header(header.encode(), 0, {"U8": 1})
+    assert message in reason
+    assert len(reason) < 1000
+
+
+def test_nesting_of_any_depth_is_refused() -> None:
+    """Around the depth at which Python gives up, whoever meets it first: the parser or the message."""
+    for depth in [*range(1, 60), *range(900, 1010)]:
+        for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+            header = f'{{"w":{{"dtype":{value}}}}}'
+            assert re.match(
+                r"w with an entry without dtype|a header that cannot be read", judge_header(header.encode(), 0, {})
+            )
+
+
+WORST = {
+    "objects": '{"":{' + ",".join(f'"{i}":{{}}' for i in range(2**19 - 100)) + "}}",
+    "strings": '{"":{' + ",".join(f'"\U0001f600{i}":"\U0001f600"' for i in range(2**20 - 100)) + "}}",
+    "one string": '{"":"' + "\U0001f600" * (2**23 - 100) + '"}',
+    "numbers": '{"":[' + ",".join(["1.5"] * (2**20 - 100)) + "]}",
+}
+
+
+@pytest.mark.parametrize("text", WORST.values(), ids=WORST)
+def test_the_memory_of_a_header_is_bounded(text: str) -> None:
+    header = text.encode()
+    tracemalloc.start()
+    try:
+        assert judge_header(header, 0, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 500e6
 
 
 def test_a_header_of_99_mb_is_read(tmp_path: Path) -> None:

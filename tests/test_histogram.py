@@ -242,6 +242,16 @@ COUNTS = torch.tensor([1, 2, 3])
         ),
         (lambda: ops.histogram(W, 4, 0, 1, None, W), TypeError, "weight must have dtype int64, got float32"),
         (lambda: ops.histogram(W, 4, 0, 1, None, COUNTS), ValueError, "weight must be [4, 1] (N, ceil(K/group_size))"),
+        (
+            lambda: ops.histogram(W, 4, 0, 1, None, torch.tensor([[1], [0], [-1], [1]])),
+            ValueError,
+            "histogram: weight must lie in [0, 2^31], got -1 for group 2",
+        ),
+        (
+            lambda: ops.histogram(W, 4, 0, 1, None, torch.full((4, 1), 2**31 + 1)),
+            ValueError,
+            "histogram: weight must lie in [0, 2^31], got 2147483649 for group 0",
+        ),
         (lambda: ops.histogram(W, 4, 0, 1, label=W), TypeError, "label must have dtype uint8, got float32"),
         (lambda: ops.histogram(W, 4, 0, 1, num_labels=2), ValueError, "num_labels must be 1 without label, got 2"),
         (
@@ -271,6 +281,7 @@ COUNTS = torch.tensor([1, 2, 3])
             "counts must be [bins] or [levels, bins] with at most 2^24 in all",
         ),
         (lambda: ops.spread_codes(COUNTS, 1, 0, GRID), ValueError, "lo and hi must be finite with lo < hi, got [1, 0]"),
+        (lambda: ops.spread_codes(COUNTS, 0, 1e101, GRID), ValueError, "lo and hi must lie in [-1e100, 1e100]"),
         (lambda: ops.spread_codes(COUNTS, 0, 1, GRID.int()), TypeError, "grid must have dtype int8, got int32"),
         (lambda: ops.spread_codes(COUNTS, 0, 1, GRID[:, ::2]), ValueError, "grid must be contiguous"),
         (lambda: ops.spread_codes(COUNTS, 0, 1, GRID[0, :1]), ValueError, "grid must hold 2 to 256 levels, got [1]"),
@@ -304,3 +315,10 @@ def test_errors(call, error: type[Exception], message: str) -> None:
 def test_spread_codes_refuses_negative_counts() -> None:
     with pytest.raises(ValueError, match=r"^spread_codes: counts must be >= 0, got -5 at \[0\]"):
         ops.spread_codes(torch.tensor([-5, 3, 4]), -1.0, 1.0, torch.tensor([-1, 1], dtype=torch.int8))
+
+
+def test_spread_codes_sums_counts_beyond_int64() -> None:
+    counts = torch.full((4,), 2**62)
+    grid = torch.tensor([-1, 1], dtype=torch.int8)
+    assert ops.spread_codes(counts, -2.0, 2.0, grid).tolist() == [2.0**62] * 4
+    assert ops.spread_codes(counts.repeat(2, 1), -2.0, 2.0, grid).tolist() == [2.0**63] * 4

@@ -273,6 +273,16 @@ def test_rounding_of_strange_activations(isa: str, mode: str) -> None:
     assert y[5].isfinite().all()
 
 
+@pytest.mark.parametrize("mode", ROUNDING)
+def test_a_scale_that_is_not_a_number_stays_one(isa: str, mode: str) -> None:
+    weight = shapes.random_weight(0, 3, 128, 4, 64, c=1)
+    weight.scale[1, 1] = 0xFF
+    weight.outlier_value[2, 0, 0] = 0x7F
+    y = linear(activations(2, 128), weight, mode=mode)
+    assert y[:, 0].isfinite().all()
+    assert y[:, 1:].isnan().all()
+
+
 def test_codes_of_other_forms_take_float32(isa: str) -> None:
     for bits, group_size, more in [(5, 64, {}), (3, 16, {}), (4, 13, {}), (4, 128, {"split": True, "uniform": True})]:
         weight = shapes.random_weight(0, 17, 300, bits, group_size, **more)

@@ -334,7 +334,11 @@ CONFIG: list[tuple[str, Callable[[Path], None], str]] = [
     ("group", settings(group_size=16), f"{UP}.weight_scale must be torch.uint8 [48, 2], got torch.uint8 [48, 1]"),
     ("outliers", settings(c=2), f"{UP}.weight_outlier_index must be torch.uint8 [48, 1, 2]"),
     ("no outliers", settings(c=0), f"{UP} must have the tensors of its settings, got also weight_outlier_index"),
-    ("grid", settings(grid="uniform", trellis=False), f"{UP} must have the tensors of its settings, got also weight_grid"),
+    (
+        "grid",
+        settings(grid="uniform", trellis=False),
+        f"{UP} must have the tensors of its settings, got also weight_grid",
+    ),
     ("recipe", settings(recipe="rtn", c=0, grid="uniform", trellis=False), f"{UP}.weight_scale must be torch.float16"),
     ("one module", settings(module_overrides={UP: {"bits": 8}}), f"{UP}.weight_packed must be torch.int32"),
     ("nobody", settings(module_overrides={"model.none": {"bits": 8}}),

@@ -18,44 +18,66 @@
 namespace precal::bindings {
 namespace {
 
-template <typename Op>
-py::object execute(const Op& op) {
-  std::array<TensorSpec, Op::kOutputs> specs;
-  check(op.plan(specs.data()));
-  std::array<py::array, Op::kOutputs> arrays;
-  std::array<TensorView, Op::kOutputs> views;
-  for (size_t i = 0; i < specs.size(); ++i) {
-    arrays[i] = new_array(specs[i]);
-    static_cast<TensorSpec&>(views[i]) = specs[i];
-    views[i].data = arrays[i].mutable_data();
-    views[i].present = true;
+// One call of one op: every error begins with its name.
+struct Call {
+  const char* op;
+
+  Borrowed tensor(const char* name, const py::object& object) const { return borrow_cpu(op, name, object); }
+  Borrowed optional(const char* name, const py::object& object) const { return borrow_optional(op, name, object); }
+  // The kernel reads int32 words out of these bytes.
+  Borrowed prepacked(const py::object& object) const { return borrow_cpu(op, "prepacked", object, 4); }
+
+  [[noreturn]] void out_of_memory(const std::string& what) const {
+    raise(PyExc_MemoryError, concat(op, ": ", what, " must fit in memory"));
   }
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = op.run(views.data());
+
+  template <typename Op>
+  py::object run(const Op& arguments) const {
+    std::array<TensorSpec, Op::kOutputs> specs;
+    check(arguments.plan(specs.data()));
+    std::array<py::array, Op::kOutputs> arrays;
+    std::array<TensorView, Op::kOutputs> views;
+    for (size_t i = 0; i < specs.size(); ++i) {
+      try {
+        arrays[i] = new_array(specs[i]);
+      } catch (py::error_already_set& error) {
+        error.restore();
+        out_of_memory(concat("an output of ", shape_text(specs[i]), " ", dtype_name(specs[i].dtype)));
+      }
+      static_cast<TensorSpec&>(views[i]) = specs[i];
+      views[i].data = arrays[i].mutable_data();
+      views[i].present = true;
+    }
+    Status status;
+    try {
+      py::gil_scoped_release release;
+      status = arguments.run(views.data());
+    } catch (const std::bad_alloc&) {
+      out_of_memory("its working memory");
+    }
+    check(status);
+    if constexpr (Op::kOutputs == 1) return arrays[0];
+    py::tuple result(Op::kOutputs);
+    for (size_t i = 0; i < arrays.size(); ++i) result[i] = arrays[i];
+    return result;
   }
-  check(status);
-  if constexpr (Op::kOutputs == 1) return arrays[0];
-  py::tuple result(Op::kOutputs);
-  for (size_t i = 0; i < arrays.size(); ++i) result[i] = arrays[i];
-  return result;
-}
+};
 
 // The borrowed tensors of a weight; `list` keeps them alive.
-cpu::WeightTensors weight_tensors(std::array<Borrowed, 8>* list, const py::object& packed, const py::object& scale,
-                                  const py::object& row_scale, const py::object& grid, const py::object& outlier_index,
-                                  const py::object& outlier_value, const py::object& outlier_scale,
-                                  const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+cpu::WeightTensors weight_tensors(const Call& call, std::array<Borrowed, 8>* list, const py::object& packed,
+                                  const py::object& scale, const py::object& row_scale, const py::object& grid,
+                                  const py::object& outlier_index, const py::object& outlier_value,
+                                  const py::object& outlier_scale, const py::object& outlier_mask, int64_t K,
+                                  int64_t bits, int64_t group_size) {
   auto& b = *list;
-  b = {borrow_cpu("packed", packed),
-       borrow_cpu("scale", scale),
-       borrow_cpu("row_scale", row_scale),
-       borrow_optional("grid", grid),
-       borrow_optional("outlier_index", outlier_index),
-       borrow_optional("outlier_value", outlier_value),
-       borrow_optional("outlier_scale", outlier_scale),
-       borrow_optional("outlier_mask", outlier_mask)};
+  b = {call.tensor("packed", packed),
+       call.tensor("scale", scale),
+       call.tensor("row_scale", row_scale),
+       call.optional("grid", grid),
+       call.optional("outlier_index", outlier_index),
+       call.optional("outlier_value", outlier_value),
+       call.optional("outlier_scale", outlier_scale),
+       call.optional("outlier_mask", outlier_mask)};
   return {b[0].view, b[1].view, b[2].view, b[3].view, b[4].view, b[5].view, b[6].view, b[7].view, K, bits, group_size};
 }
 
@@ -104,8 +126,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("outlier_blocks", &outlier_block_ranges, py::arg("K"), "[(begin, end)] of the outlier blocks of a row.");
   m.def("num_outlier_blocks", [](int64_t K) { return format::outlier_blocks(K).num_blocks; }, py::arg("K"));
   m.def(
-      "words_per_row", [](int64_t K, int bits) { return format::words_per_row(K, bits); }, py::arg("K"),
-      py::arg("bits"));
+      "words_per_row",
+      [](int64_t K, int bits) {
+        if (K < 0 || K > (int64_t(1) << 30) || bits < format::kMinBits || bits > format::kMaxBits) {
+          throw py::value_error(
+              concat("words_per_row: K must lie in [0, 2^30] and bits in [2, 8], got ", K, " and ", bits));
+        }
+        return format::words_per_row(K, bits);
+      },
+      py::arg("K"), py::arg("bits"));
   m.def(
       "prepacked_bytes",
       [](int64_t N, int64_t K, int bits, int64_t group_size, int c, int grid_size, bool split,
@@ -118,6 +147,10 @@ PYBIND11_MODULE(_C, m) {
               concat("prepacked_bytes: N and K must lie in [0, 2^30], group_size in [1, 2^30], bits in ",
                      "[2, 8], c in [0, 16], grid_size 0, 2^bits or 2^(bits+1), got ", N, ", ", K, ", ", group_size,
                      ", ", bits, ", ", c, ", ", grid_size));
+        }
+        if (scale_dtype != "e4m3" && scale_dtype != "float16") {
+          throw py::value_error(
+              concat("prepacked_bytes: scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype)));
         }
         format::WeightFormat f;
         f.N = N;
@@ -141,16 +174,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "soft_threshold",
       [](const py::object& w, double lam) {
-        const Borrowed a = borrow_cpu("w", w);
-        return execute(cpu::SoftThreshold{a.view, lam});
+        const Call call{"soft_threshold"};
+        const Borrowed a = call.tensor("w", w);
+        return call.run(cpu::SoftThreshold{a.view, lam});
       },
       py::arg("w"), py::arg("lam"));
   m.def(
       "salience_threshold",
       [](const py::object& w, double alpha, const std::string& scope, int64_t group_size,
          const std::string& normalize) {
-        const Borrowed a = borrow_cpu("w", w);
-        return execute(cpu::SalienceThreshold{a.view, alpha, scope, group_size, normalize});
+        const Call call{"salience_threshold"};
+        const Borrowed a = call.tensor("w", w);
+        return call.run(cpu::SalienceThreshold{a.view, alpha, scope, group_size, normalize});
       },
       py::arg("w"), py::arg("alpha"), py::arg("scope") = "tensor", py::arg("group_size") = 128,
       py::arg("normalize") = "none");
@@ -158,8 +193,9 @@ PYBIND11_MODULE(_C, m) {
       "salience_mask",
       [](const py::object& w, const py::object& lam, const std::string& scope, int64_t group_size,
          const std::string& normalize) {
-        const Borrowed a = borrow_cpu("w", w), b = borrow_cpu("lam", lam);
-        return execute(cpu::SalienceMask{a.view, b.view, scope, group_size, normalize});
+        const Call call{"salience_mask"};
+        const Borrowed a = call.tensor("w", w), b = call.tensor("lam", lam);
+        return call.run(cpu::SalienceMask{a.view, b.view, scope, group_size, normalize});
       },
       py::arg("w"), py::arg("lam"), py::arg("scope") = "tensor", py::arg("group_size") = 128,
       py::arg("normalize") = "none");
@@ -167,9 +203,10 @@ PYBIND11_MODULE(_C, m) {
       "histogram",
       [](const py::object& w, int64_t num_bins, double lo, double hi, const py::object& divisor,
          const py::object& weight, int64_t group_size, const py::object& label, int64_t num_labels) {
-        const Borrowed a = borrow_cpu("w", w), b = borrow_optional("divisor", divisor),
-                       c = borrow_optional("weight", weight), d = borrow_optional("label", label);
-        return execute(cpu::Histogram{a.view, num_bins, lo, hi, b.view, c.view, group_size, d.view, num_labels});
+        const Call call{"histogram"};
+        const Borrowed a = call.tensor("w", w), b = call.optional("divisor", divisor),
+                       c = call.optional("weight", weight), d = call.optional("label", label);
+        return call.run(cpu::Histogram{a.view, num_bins, lo, hi, b.view, c.view, group_size, d.view, num_labels});
       },
       py::arg("w"), py::arg("num_bins"), py::arg("lo"), py::arg("hi"), py::arg("divisor") = py::none(),
       py::arg("weight") = py::none(), py::arg("group_size") = 128, py::arg("label") = py::none(),
@@ -177,31 +214,35 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "spread_codes",
       [](const py::object& counts, double lo, double hi, const py::object& grid) {
-        const Borrowed a = borrow_cpu("counts", counts), b = borrow_cpu("grid", grid);
-        return execute(cpu::SpreadCodes{a.view, lo, hi, b.view});
+        const Call call{"spread_codes"};
+        const Borrowed a = call.tensor("counts", counts), b = call.tensor("grid", grid);
+        return call.run(cpu::SpreadCodes{a.view, lo, hi, b.view});
       },
       py::arg("counts"), py::arg("lo"), py::arg("hi"), py::arg("grid"));
   m.def(
       "kl_divergence",
       [](const py::object& p, const py::object& q, double smoothing) {
-        const Borrowed a = borrow_cpu("p", p), b = borrow_cpu("q", q);
-        return execute(cpu::KlDivergence{a.view, b.view, smoothing});
+        const Call call{"kl_divergence"};
+        const Borrowed a = call.tensor("p", p), b = call.tensor("q", q);
+        return call.run(cpu::KlDivergence{a.view, b.view, smoothing});
       },
       py::arg("p"), py::arg("q"), py::arg("smoothing") = 0.0);
   m.def(
       "fit_grid",
       [](const py::object& counts, double lo, double hi, const py::object& grid, double mu, int64_t rounds) {
-        const Borrowed a = borrow_cpu("counts", counts), b = borrow_cpu("grid", grid);
-        return execute(cpu::FitGrid{a.view, lo, hi, b.view, mu, rounds});
+        const Call call{"fit_grid"};
+        const Borrowed a = call.tensor("counts", counts), b = call.tensor("grid", grid);
+        return call.run(cpu::FitGrid{a.view, lo, hi, b.view, mu, rounds});
       },
       py::arg("counts"), py::arg("lo"), py::arg("hi"), py::arg("grid"), py::arg("mu") = 0.0, py::arg("rounds") = 1);
   m.def(
       "quantize_groups",
       [](const py::object& w, const py::object& grid, int64_t bits, int64_t group_size, int64_t c, double lam,
          const std::string& scale_dtype, bool symmetric, double search_lo, double search_hi) {
-        const Borrowed a = borrow_cpu("w", w), b = borrow_optional("grid", grid);
-        return execute(cpu::QuantizeGroups{a.view, b.view, bits, group_size, c, lam, scale_dtype, symmetric, search_lo,
-                                           search_hi});
+        const Call call{"quantize_groups"};
+        const Borrowed a = call.tensor("w", w), b = call.optional("grid", grid);
+        return call.run(cpu::QuantizeGroups{a.view, b.view, bits, group_size, c, lam, scale_dtype, symmetric, search_lo,
+                                            search_hi});
       },
       py::arg("w"), py::arg("grid"), py::arg("bits"), py::arg("group_size"), py::arg("c") = 0, py::arg("lam") = 0.0,
       py::arg("scale_dtype") = "e4m3", py::arg("symmetric") = false, py::arg("search_lo") = 0.6,
@@ -209,22 +250,25 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "quantize_split",
       [](const py::object& w, const py::object& salient, int64_t bits, int64_t group_size) {
-        const Borrowed a = borrow_cpu("w", w), b = borrow_cpu("salient", salient);
-        return execute(cpu::QuantizeSplit{a.view, b.view, bits, group_size});
+        const Call call{"quantize_split"};
+        const Borrowed a = call.tensor("w", w), b = call.tensor("salient", salient);
+        return call.run(cpu::QuantizeSplit{a.view, b.view, bits, group_size});
       },
       py::arg("w"), py::arg("salient"), py::arg("bits"), py::arg("group_size"));
   m.def(
       "pack",
       [](const py::object& codes, int64_t bits) {
-        const Borrowed a = borrow_cpu("codes", codes);
-        return execute(cpu::Pack{a.view, bits});
+        const Call call{"pack"};
+        const Borrowed a = call.tensor("codes", codes);
+        return call.run(cpu::Pack{a.view, bits});
       },
       py::arg("codes"), py::arg("bits"));
   m.def(
       "unpack",
       [](const py::object& packed, int64_t bits, int64_t K) {
-        const Borrowed a = borrow_cpu("packed", packed);
-        return execute(cpu::Unpack{a.view, bits, K});
+        const Call call{"unpack"};
+        const Borrowed a = call.tensor("packed", packed);
+        return call.run(cpu::Unpack{a.view, bits, K});
       },
       py::arg("packed"), py::arg("bits"), py::arg("K"));
   m.def(
@@ -232,9 +276,10 @@ PYBIND11_MODULE(_C, m) {
       [](const py::object& packed, const py::object& scale, const py::object& row_scale, const py::object& grid,
          const py::object& outlier_index, const py::object& outlier_value, const py::object& outlier_scale,
          const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+        const Call call{"dequantize"};
         std::array<Borrowed, 8> list;
-        return execute(
-            cpu::Dequantize{weight_tensors(&list, packed, scale, row_scale, grid, outlier_index, outlier_value,
+        return call.run(
+            cpu::Dequantize{weight_tensors(call, &list, packed, scale, row_scale, grid, outlier_index, outlier_value,
                                            outlier_scale, outlier_mask, K, bits, group_size)});
       },
       py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
@@ -245,9 +290,10 @@ PYBIND11_MODULE(_C, m) {
       [](const py::object& packed, const py::object& scale, const py::object& row_scale, const py::object& grid,
          const py::object& outlier_index, const py::object& outlier_value, const py::object& outlier_scale,
          const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+        const Call call{"prepack"};
         std::array<Borrowed, 8> list;
-        return execute(cpu::Prepack{weight_tensors(&list, packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                                   outlier_scale, outlier_mask, K, bits, group_size)});
+        return call.run(cpu::Prepack{weight_tensors(call, &list, packed, scale, row_scale, grid, outlier_index,
+                                                    outlier_value, outlier_scale, outlier_mask, K, bits, group_size)});
       },
       py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
       py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),
@@ -256,8 +302,9 @@ PYBIND11_MODULE(_C, m) {
       "unprepack",
       [](const py::object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c,
          int64_t grid_size, bool split, const std::string& scale_dtype) {
-        const Borrowed a = borrow_cpu("prepacked", prepacked);
-        return execute(
+        const Call call{"unprepack"};
+        const Borrowed a = call.prepacked(prepacked);
+        return call.run(
             cpu::Unprepack{cpu::PrepackedWeight{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}});
       },
       py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
@@ -267,9 +314,9 @@ PYBIND11_MODULE(_C, m) {
       [](const py::object& x, const py::object& prepacked, const py::object& bias, int64_t N, int64_t K, int64_t bits,
          int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype,
          const std::string& activations) {
-        const Borrowed a = borrow_cpu("x", x), b = borrow_cpu("prepacked", prepacked),
-                       d = borrow_optional("bias", bias);
-        return execute(
+        const Call call{"linear"};
+        const Borrowed a = call.tensor("x", x), b = call.prepacked(prepacked), d = call.optional("bias", bias);
+        return call.run(
             cpu::Linear{a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype},
                         d.view, activations});
       },

@@ -10,7 +10,7 @@ namespace precal::bindings {
 namespace {
 
 Borrowed borrow_cuda(const char* op, const char* name, const py::object& object) {
-  Borrowed b = borrow(name, object);
+  Borrowed b = borrow(op, name, object);
   if (!b.view.present || b.device_type != kDLCUDA) {
     throw py::value_error(concat(op, ": ", name, " must be on a CUDA device, got DLPack device type ", b.device_type));
   }

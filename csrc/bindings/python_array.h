@@ -5,7 +5,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <string>
+#include <vector>
 
 #include "bindings/dlpack.h"
 #include "core/tensor_view.h"
@@ -22,7 +26,17 @@ struct Borrowed {
   int32_t device_id = 0;
 };
 
-inline DType dtype_from_dlpack(const char* name, DLDataType t) {
+// Raises the Python exception `type`, with the one that is set as its cause.
+[[noreturn]] inline void raise(PyObject* type, const std::string& message) {
+  if (PyErr_Occurred() != nullptr) {
+    py::raise_from(type, message.c_str());
+  } else {
+    PyErr_SetString(type, message.c_str());
+  }
+  throw py::error_already_set();
+}
+
+inline DType dtype_from_dlpack(const char* op, const char* name, DLDataType t) {
   if (t.lanes == 1) {
     if (t.code == kDLFloat && t.bits == 16) return DType::kFloat16;
     if (t.code == kDLFloat && t.bits == 32) return DType::kFloat32;
@@ -35,16 +49,51 @@ inline DType dtype_from_dlpack(const char* name, DLDataType t) {
     if (t.code == kDLBool && t.bits == 8) return DType::kBool;
     if (t.code == kDLUInt && t.bits == 16) return DType::kBFloat16;  // bits of bfloat16, as numpy can carry them
   }
-  throw py::type_error(concat("precal: ", name, " must have dtype bool, uint8, int8, int32, int64, float16, bfloat16, ",
+  throw py::type_error(concat(op, ": ", name, " must have dtype bool, uint8, int8, int32, int64, float16, bfloat16, ",
                               "float32 or float64, got DLPack code ", int(t.code), " with ", int(t.bits), " bits"));
 }
 
-inline Borrowed borrow_dlpack(const char* name, const py::object& object) {
-  // Consumers that know streams pass one; the tensor must be ready on the stream the caller gives to the op.
-  py::object capsule = object.attr("__dlpack__")();
+// Shapes of numpy are sound; a DLPack tensor may claim anything. Its bytes must be countable.
+inline void check_claims(const char* op, const char* name, const DLTensor& t) {
+  if (t.ndim < 0 || t.ndim > kMaxDims) {
+    throw py::value_error(concat(op, ": ", name, " must have at most 8 dimensions, got ", t.ndim));
+  }
+  int64_t room = std::numeric_limits<int64_t>::max() / 8;
+  bool sound = t.ndim == 0 || t.shape != nullptr, empty = false;
+  for (int i = 0; sound && i < t.ndim; ++i) {
+    sound = t.shape[i] >= 0 && t.shape[i] <= room;
+    room /= std::max<int64_t>(t.shape[i], 1);
+    empty = empty || t.shape[i] == 0;
+  }
+  if (!sound) throw py::value_error(concat(op, ": ", name, " must have sizes >= 0 of less than 2^60 elements in all"));
+  if (t.data == nullptr && !empty) throw py::value_error(concat(op, ": ", name, " must have data, got a null pointer"));
+}
+
+// Kernels read whole elements: data at an odd address is copied.
+inline void align(Borrowed* b, int64_t bytes) {
+  bytes = std::max(bytes, dtype_bytes(b->view.dtype));
+  if (!b->view.contiguous || reinterpret_cast<uintptr_t>(b->view.data) % uintptr_t(bytes) == 0) return;
+  const size_t size = size_t(b->view.numel() * dtype_bytes(b->view.dtype));
+  const py::array copy(py::dtype("uint8"), std::vector<py::ssize_t>{py::ssize_t(size)});
+  std::memcpy(const_cast<void*>(copy.data()), b->view.data, size);
+  b->view.data = const_cast<void*>(copy.data());
+  b->owner = copy;
+}
+
+inline Borrowed borrow_dlpack(const char* op, const char* name, const py::object& object) {
+  py::object capsule;
+  DLManagedTensor* managed = nullptr;
+  try {
+    // Consumers that know streams pass one; the tensor must be ready on the stream the caller gives to the op.
+    capsule = object.attr("__dlpack__")();
+    managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    if (managed == nullptr) throw py::error_already_set();
+  } catch (py::error_already_set& error) {
+    const std::string reason = error.what();
+    error.restore();
+    raise(PyExc_TypeError, concat(op, ": ", name, " must be a tensor that __dlpack__ hands over, got ", reason));
+  }
   PyObject* raw = capsule.ptr();
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(raw, "dltensor"));
-  if (managed == nullptr) throw py::error_already_set();
   PyCapsule_SetName(raw, "used_dltensor");
   Borrowed b;
   b.owner = py::capsule(managed, [](void* p) {
@@ -52,9 +101,8 @@ inline Borrowed borrow_dlpack(const char* name, const py::object& object) {
     if (m->deleter != nullptr) m->deleter(m);
   });
   const DLTensor& t = managed->dl_tensor;
-  if (t.ndim > kMaxDims)
-    throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions, got ", t.ndim));
-  b.view.dtype = dtype_from_dlpack(name, t.dtype);
+  check_claims(op, name, t);
+  b.view.dtype = dtype_from_dlpack(op, name, t.dtype);
   b.view.ndim = t.ndim;
   int64_t expected = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
@@ -62,7 +110,7 @@ inline Borrowed borrow_dlpack(const char* name, const py::object& object) {
     if (t.strides != nullptr && t.shape[i] != 1 && t.strides[i] != expected) b.view.contiguous = false;
     expected *= t.shape[i];
   }
-  if (expected == 0) b.view.contiguous = true;
+  if (b.view.numel() == 0) b.view.contiguous = true;
   b.view.data = static_cast<char*>(t.data) + t.byte_offset;
   b.view.present = true;
   b.device_type = t.device.device_type;
@@ -70,7 +118,7 @@ inline Borrowed borrow_dlpack(const char* name, const py::object& object) {
   return b;
 }
 
-inline Borrowed borrow_numpy(const char* name, const py::array& array) {
+inline Borrowed borrow_numpy(const char* op, const char* name, const py::array& array) {
   const py::dtype dtype = array.dtype();
   DLDataType code{kDLFloat, uint8_t(dtype.itemsize() * 8), 1};
   switch (dtype.kind()) {
@@ -79,18 +127,20 @@ inline Borrowed borrow_numpy(const char* name, const py::array& array) {
     case 'u': code.code = kDLUInt; break;
     case 'b': code.code = kDLBool; break;
     default:
-      if (py::str(dtype).cast<std::string>() == "bfloat16") {  // ml_dtypes
+      if (dtype.attr("type").attr("__name__").cast<std::string>() == "bfloat16") {  // ml_dtypes
         code.code = kDLBfloat;
       } else {
         code.lanes = 0;  // refused
       }
   }
   if (dtype.byteorder() == '>') {
-    throw py::type_error(concat("precal: ", name, " must have native byte order, got big-endian; call .astype first"));
+    throw py::type_error(concat(op, ": ", name, " must have native byte order, got big-endian; call .astype first"));
   }
   Borrowed b;
-  if (array.ndim() > kMaxDims) throw py::value_error(concat("precal: ", name, " must have at most 8 dimensions"));
-  b.view.dtype = dtype_from_dlpack(name, code);
+  if (array.ndim() > kMaxDims) {
+    throw py::value_error(concat(op, ": ", name, " must have at most 8 dimensions, got ", array.ndim()));
+  }
+  b.view.dtype = dtype_from_dlpack(op, name, code);
   b.view.ndim = int(array.ndim());
   for (int i = 0; i < b.view.ndim; ++i) b.view.shape[i] = array.shape(i);
   b.view.data = const_cast<void*>(array.data());
@@ -101,28 +151,30 @@ inline Borrowed borrow_numpy(const char* name, const py::array& array) {
 }
 
 // None gives an absent view.
-inline Borrowed borrow(const char* name, const py::object& object) {
+inline Borrowed borrow(const char* op, const char* name, const py::object& object) {
   if (object.is_none()) return {};
-  if (py::isinstance<py::array>(object)) return borrow_numpy(name, py::reinterpret_borrow<py::array>(object));
-  if (py::hasattr(object, "__dlpack__")) return borrow_dlpack(name, object);
-  throw py::type_error(concat("precal: ", name, " must be a numpy array or a DLPack tensor, got ",
-                              py::str(py::type::of(object)).cast<std::string>()));
+  if (py::isinstance<py::array>(object)) return borrow_numpy(op, name, py::reinterpret_borrow<py::array>(object));
+  if (py::hasattr(object, "__dlpack__")) return borrow_dlpack(op, name, object);
+  throw py::type_error(
+      concat(op, ": ", name, " must be a numpy array or a DLPack tensor, got ", Py_TYPE(object.ptr())->tp_name));
 }
 
 // An argument on the CPU that may be None.
-inline Borrowed borrow_optional(const char* name, const py::object& object) {
-  Borrowed b = borrow(name, object);
+inline Borrowed borrow_optional(const char* op, const char* name, const py::object& object, int64_t alignment = 1) {
+  Borrowed b = borrow(op, name, object);
   if (b.device_type != kDLCPU && b.device_type != kDLCUDAHost) {
-    throw py::value_error(concat("precal: ", name, " must be on the CPU, got DLPack device type ", b.device_type));
+    throw py::value_error(concat(op, ": ", name, " must be on the CPU, got DLPack device type ", b.device_type));
   }
+  align(&b, alignment);
   return b;
 }
 
 // An argument on the CPU that must be there.
-inline Borrowed borrow_cpu(const char* name, const py::object& object) {
-  if (object.is_none())
-    throw py::type_error(concat("precal: ", name, " must be a numpy array or a DLPack tensor, got None"));
-  return borrow_optional(name, object);
+inline Borrowed borrow_cpu(const char* op, const char* name, const py::object& object, int64_t alignment = 1) {
+  if (object.is_none()) {
+    throw py::type_error(concat(op, ": ", name, " must be a numpy array or a DLPack tensor, got None"));
+  }
+  return borrow_optional(op, name, object, alignment);
 }
 
 // numpy has no bfloat16: it comes out as uint16 bits.

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -63,6 +65,12 @@ inline TensorView view(const char* name, const Tensor& t) {
   v.data = t.data_ptr();
   v.present = true;
   v.contiguous = t.is_contiguous();
+  // Kernels read whole elements, and int32 words of a prepacked weight.
+  const int64_t alignment = std::strcmp(name, "prepacked") == 0 ? 4 : dtype_bytes(v.dtype);
+  if (reinterpret_cast<uintptr_t>(v.data) % uintptr_t(alignment) != 0) {
+    throw std::runtime_error(std::string("precal: ") + name + " must be aligned to " + std::to_string(alignment) +
+                             " bytes, got an odd address; call .clone() first");
+  }
   return v;
 }
 

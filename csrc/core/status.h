@@ -31,6 +31,16 @@ std::string concat(const Parts&... parts) {
   return out.str();
 }
 
+// A caller's text as a message shows it: printable, and not longer than a line.
+inline std::string quoted(const std::string& text) {
+  constexpr size_t kLongest = 40;
+  std::string shown = text.substr(0, kLongest);
+  for (char& c : shown) {
+    if (c < ' ' || c > '~') c = '?';
+  }
+  return shown + (text.size() > kLongest ? "..." : "");
+}
+
 template <typename... Parts>
 Status invalid_value(const Parts&... parts) {
   return {StatusCode::kInvalidValue, concat(parts...)};

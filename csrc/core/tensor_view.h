@@ -56,6 +56,9 @@ struct TensorSpec {
     for (int64_t size : sizes) shape[i++] = size;
   }
   int64_t numel() const {
+    for (int i = 0; i < ndim; ++i) {
+      if (shape[i] == 0) return 0;  // first: the other sizes may be as large as they like
+    }
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;

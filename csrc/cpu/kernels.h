@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels that exist once per instruction set. Each works on a range of rows, elements or tiles of one op and knows
 // nothing of threads; ops.h checks arguments, cuts the ranges and calls them through the table that select.h chose.
-// Promises: pointers are contiguous, need no alignment, and are never read or written past the stated shapes.
+// Promises: pointers are contiguous, aligned to their elements (prepacked bytes to 4) and to no more, and are never
+// read or written past the stated shapes.
 #pragma once
 
 #include <cstdint>

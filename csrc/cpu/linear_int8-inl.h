@@ -137,7 +137,11 @@ PRECAL_INLINE __m512 load_scales(const uint8_t* scale, int64_t group, format::Sc
   // Sign and seven bits moved to where float32 has them are the value times 2^-120, also below 2^-6.
   const __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + group * 16)));
   const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(code, 20), _mm512_set1_epi32(int32_t(0x87F00000u)));
-  return _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+  const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f));
+  // Seven ones are NaN, not 480.
+  const __m512i ones = _mm512_set1_epi32(0x7F);
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(_mm512_and_si512(code, ones), ones);
+  return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
 }
 
 template <int kPlanes>

@@ -15,6 +15,8 @@ namespace precal::cpu {
 namespace {
 
 constexpr int64_t kMaxBins = 1 << 24;
+constexpr int64_t kMaxMass = int64_t(1) << 31;  // of a weight in its bin: 2^32 weights of one bin fit in int64
+constexpr double kMaxPosition = 1e100;          // of a bin, in levels: sums of squares and of counts stay finite
 
 Status check_range(const char* op, double lo, double hi) {
   if (!std::isfinite(lo) || !std::isfinite(hi) || !(lo < hi) || !std::isfinite(hi - lo)) {
@@ -109,6 +111,15 @@ Status check_bins(const char* op, double lo, double hi, int64_t num_bins) {
   return {};
 }
 
+// The histogram of weights in units of levels, which are at most 127.
+Status check_level_range(const char* op, double lo, double hi, int64_t num_bins) {
+  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
+  if (lo < -kMaxPosition || hi > kMaxPosition) {
+    return invalid_value(op, ": lo and hi must lie in [-1e100, 1e100], got [", lo, ", ", hi, "]");
+  }
+  return check_bins(op, lo, hi, num_bins);
+}
+
 // [bins], or [levels, bins]: the histogram of the weights of each code.
 Status check_counts(const char* op, const TensorView& counts, const TensorView& grid) {
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "counts", counts, {DType::kInt64}));
@@ -200,14 +211,15 @@ std::vector<int> centroid_step(const int64_t* counts, int64_t bins, double lo, d
 
 // Adds the mass of one code, spread evenly from its first to its last occupied bin.
 void spread_code(const int64_t* counts, int64_t bins, double* density) {
-  int64_t first = bins, last = -1, total = 0;
+  int64_t first = bins, last = -1;
+  double total = 0.0;  // exact up to 2^53
   for (int64_t b = 0; b < bins; ++b) {
     if (counts[b] == 0) continue;
     first = std::min(first, b);
     last = b;
-    total += counts[b];
+    total += double(counts[b]);
   }
-  for (int64_t b = first; b <= last; ++b) density[b] += double(total) / double(last - first + 1);
+  for (int64_t b = first; b <= last; ++b) density[b] += total / double(last - first + 1);
 }
 
 // Coordinate descent over the integers: move one level by one while the objective falls. The largest level stays: that
@@ -328,6 +340,13 @@ Status Histogram::run(const TensorView* out) const {
   const int64_t cells = num_labels * num_bins;
   std::fill(counts, counts + cells, 0);
   std::fill(outside, outside + 3, 0);
+  if (w.numel() == 0) return {};
+  for (int64_t i = 0; weight.present && i < weight.numel(); ++i) {
+    const int64_t mass = weight.as<int64_t>()[i];
+    if (mass < 0 || mass > kMaxMass) {
+      return invalid_value("histogram: weight must lie in [0, 2^31], got ", mass, " for group ", i);
+    }
+  }
   const int64_t grain = std::max<int64_t>(1, std::max<int64_t>(1 << 16, cells) / std::max<int64_t>(w.shape[1], 1));
   std::mutex lock;
   bool labelled = true;
@@ -347,8 +366,7 @@ Status SpreadCodes::plan(TensorSpec* out) const {
   constexpr const char* op = "spread_codes";
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
   PRECAL_RETURN_IF_ERROR(check_counts(op, counts, grid));
-  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
-  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, num_bins_of(counts)));
+  PRECAL_RETURN_IF_ERROR(check_level_range(op, lo, hi, num_bins_of(counts)));
   out[0] = {DType::kFloat64, {num_bins_of(counts)}};
   return {};
 }
@@ -368,9 +386,9 @@ Status SpreadCodes::run(const TensorView* out) const {
   const Sums sums(mass, bins, lo, hi);
   const std::vector<int64_t> edges = sums.cells(levels);
   for (size_t i = 0; i < levels.size(); ++i) {
-    int64_t total = 0;
-    for (int64_t b = edges[i]; b < edges[i + 1]; ++b) total += mass[b];
-    for (int64_t b = edges[i]; b < edges[i + 1]; ++b) density[b] = double(total) / double(edges[i + 1] - edges[i]);
+    double total = 0.0;
+    for (int64_t b = edges[i]; b < edges[i + 1]; ++b) total += double(mass[b]);
+    for (int64_t b = edges[i]; b < edges[i + 1]; ++b) density[b] = total / double(edges[i + 1] - edges[i]);
   }
   return {};
 }
@@ -420,8 +438,7 @@ Status FitGrid::plan(TensorSpec* out) const {
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "grid", grid, {DType::kInt8}));
   PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
   PRECAL_RETURN_IF_ERROR(check_counts(op, counts, grid));
-  PRECAL_RETURN_IF_ERROR(check_range(op, lo, hi));
-  PRECAL_RETURN_IF_ERROR(check_bins(op, lo, hi, num_bins_of(counts)));
+  PRECAL_RETURN_IF_ERROR(check_level_range(op, lo, hi, num_bins_of(counts)));
   if (!(mu >= 0.0) || std::isinf(mu)) return invalid_value(op, ": mu must be finite and >= 0, got ", mu);
   if (rounds < 0 || rounds > 1000) return invalid_value(op, ": rounds must lie in [0, 1000], got ", rounds);
   out[0] = grid;

@@ -177,7 +177,7 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
         op, ": grid_size must be 0 (uniform), 2^bits or, for a trellis of 2 to 7 bits, 2^(bits+1), got ", grid_size);
   }
   if (scale_dtype != "e4m3" && scale_dtype != "float16") {
-    return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", scale_dtype);
+    return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype));
   }
   f->N = N;
   f->K = K;

@@ -44,7 +44,7 @@ Status check_columns(const char* op, int64_t K) {
 Status parse_scale_type(const char* op, const std::string& text, ScaleType* type) {
   if (text == "e4m3") *type = ScaleType::kE4m3;
   else if (text == "float16") *type = ScaleType::kFloat16;
-  else return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", text);
+  else return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", quoted(text));
   return {};
 }
 
@@ -111,6 +111,7 @@ Status QuantizeGroups::plan(TensorSpec* out) const {
   constexpr const char* op = "quantize_groups";
   PRECAL_RETURN_IF_ERROR(kernels_status());
   PRECAL_RETURN_IF_ERROR(check_weight(op, w));
+  PRECAL_RETURN_IF_ERROR(check_columns(op, w.shape[1]));
   PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
   PRECAL_RETURN_IF_ERROR(check_group(op, group_size));
   if (grid.present) PRECAL_RETURN_IF_ERROR(check_grid_shape(op, grid, bits));
@@ -176,6 +177,7 @@ Status QuantizeSplit::plan(TensorSpec* out) const {
   constexpr const char* op = "quantize_split";
   PRECAL_RETURN_IF_ERROR(kernels_status());
   PRECAL_RETURN_IF_ERROR(check_weight(op, w));
+  PRECAL_RETURN_IF_ERROR(check_columns(op, w.shape[1]));
   PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
   PRECAL_RETURN_IF_ERROR(check_group(op, group_size));
   const int64_t N = w.shape[0], K = w.shape[1], groups = ceil_div(K, group_size);
@@ -219,11 +221,13 @@ Status Pack::plan(TensorSpec* out) const {
   PRECAL_RETURN_IF_ERROR(check_dtype("pack", "codes", codes, {DType::kUInt8}));
   PRECAL_RETURN_IF_ERROR(check_contiguous("pack", "codes", codes));
   if (codes.ndim != 2) return invalid_value("pack: codes must be [N, K], got ", shape_text(codes));
+  PRECAL_RETURN_IF_ERROR(check_columns("pack", codes.shape[1]));
   out[0] = {DType::kInt32, {codes.shape[0], format::words_per_row(codes.shape[1], int(bits))}};
   return {};
 }
 
 Status Pack::run(const TensorView* out) const {
+  if (codes.numel() == 0) return {};
   const PackArgs args{codes.as<uint8_t>(), out[0].as<uint32_t>(), codes.shape[1], int(bits)};
   std::atomic<bool> fits{true};
   parallel_for(0, codes.shape[0], row_grain(codes.shape[1]), [&](int64_t begin, int64_t end) {
@@ -248,6 +252,7 @@ Status Unpack::plan(TensorSpec* out) const {
 }
 
 Status Unpack::run(const TensorView* out) const {
+  if (out[0].numel() == 0) return {};
   const UnpackArgs args{packed.as<uint32_t>(), out[0].as<uint8_t>(), K, int(bits)};
   parallel_for(0, packed.shape[0], row_grain(K),
                [&](int64_t begin, int64_t end) { kernels().unpack_rows(args, begin, end); });

@@ -19,7 +19,7 @@ Status parse_scope(const char* op, const std::string& text, Scope* scope) {
   if (text == "tensor") *scope = Scope::kTensor;
   else if (text == "row") *scope = Scope::kRow;
   else if (text == "group") *scope = Scope::kGroup;
-  else return invalid_value(op, ": scope must be tensor, row or group, got ", text);
+  else return invalid_value(op, ": scope must be tensor, row or group, got ", quoted(text));
   return {};
 }
 
@@ -27,7 +27,7 @@ Status parse_normalize(const char* op, const std::string& text, Normalize* norma
   if (text == "none") *normalize = Normalize::kNone;
   else if (text == "row") *normalize = Normalize::kRow;
   else if (text == "group") *normalize = Normalize::kGroup;
-  else return invalid_value(op, ": normalize must be none, row or group, got ", text);
+  else return invalid_value(op, ": normalize must be none, row or group, got ", quoted(text));
   return {};
 }
 
@@ -178,32 +178,28 @@ Status SalienceThreshold::run(const TensorView* out) const {
   Normalize mode;
   PRECAL_RETURN_IF_ERROR(parse_scope("", scope, &s));
   PRECAL_RETURN_IF_ERROR(parse_normalize("", normalize, &mode));
+  double* lam = out[0].as<double>();
+  const int64_t N = w.shape[0], K = w.shape[1];
+  if (w.numel() == 0) {
+    std::fill(lam, lam + out[0].numel(), 0.0);
+    return {};
+  }
   PRECAL_RETURN_IF_ERROR(first_nonfinite("salience_threshold", w));
   std::vector<float> buffer;
   const TensorView z = normalized(w, mode, group_size, &buffer);
-  double* lam = out[0].as<double>();
-  const int64_t N = w.shape[0], K = w.shape[1];
   if (s == Scope::kTensor) {
-    if (N * K == 0) {
-      lam[0] = 0.0;
-      return {};
-    }
     const int64_t k = wanted(alpha, N * K);
     const double largest = double(select_magnitude(z, 1));
     lam[0] = k == 0 ? largest * largest : lam_below(select_magnitude(z, k));
     return {};
   }
-  const int64_t unit = s == Scope::kRow ? K : std::min(group_size, std::max<int64_t>(K, 1));
+  const int64_t unit = s == Scope::kRow ? K : std::min(group_size, K);
   const int64_t units = s == Scope::kRow ? 1 : ceil_div(K, group_size);
   parallel_for(0, N, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     std::vector<float> magnitudes(static_cast<size_t>(std::min(unit, K)));
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t u = 0; u < units; ++u) {
         const int64_t first = u * unit, count = std::min(unit, K - first);
-        if (count <= 0) {
-          lam[n * units + u] = 0.0;
-          continue;
-        }
         for (int64_t i = 0; i < count; ++i) magnitudes[size_t(i)] = std::fabs(element(z, n * K + first + i));
         const int64_t k = wanted(alpha, count);
         const auto at = magnitudes.begin() + std::max<int64_t>(k - 1, 0);
@@ -233,6 +229,7 @@ Status SalienceMask::run(const TensorView* out) const {
   Normalize mode;
   PRECAL_RETURN_IF_ERROR(parse_scope("", scope, &s));
   PRECAL_RETURN_IF_ERROR(parse_normalize("", normalize, &mode));
+  if (w.numel() == 0) return {};
   PRECAL_RETURN_IF_ERROR(first_nonfinite("salience_mask", w));
   std::vector<float> buffer;
   const TensorView z = normalized(w, mode, group_size, &buffer);

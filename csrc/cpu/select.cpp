@@ -42,7 +42,7 @@ Status find(const char* name, const char* source, const KernelTable** table) {
     *table = choice.table;
     return {};
   }
-  return invalid_value(source, ": must be one of ", supported_isas(), ", got ", name);
+  return invalid_value(source, ": must be one of ", supported_isas(), ", got ", quoted(name));
 }
 
 const KernelTable* automatic() {
@@ -54,7 +54,8 @@ const KernelTable* automatic() {
 
 struct Selection {
   std::atomic<const KernelTable*> table;
-  Status status;
+  std::atomic<bool> forced{false};  // by force_isa: PRECAL_ISA no longer matters
+  Status status;                    // of PRECAL_ISA; written once, so that ops on other threads may read it
   Selection() {
     const KernelTable* chosen = automatic();
     const char* forced = std::getenv("PRECAL_ISA");
@@ -71,13 +72,13 @@ Selection& selection() {
 }  // namespace
 
 const KernelTable& kernels() { return *selection().table.load(); }
-Status kernels_status() { return selection().status; }
+Status kernels_status() { return selection().forced ? Status() : selection().status; }
 
 Status force_isa(const char* name) {
   const KernelTable* table = automatic();
   if (name[0] != '\0') PRECAL_RETURN_IF_ERROR(find(name, "force_isa", &table));
   selection().table = table;
-  selection().status = Status();
+  selection().forced = true;
   return {};
 }
 
