@@ -149,7 +149,7 @@ class Worker:
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        return {"failed": f"its process ended with status {self.process.wait()} (limit {self.timeout:.0f} s)"}
+        return {"failed": f"its process ended with status {self.process.wait()} (limit {self.timeout:g} s)"}
 
     def close(self) -> None:
         assert self.process.stdin is not None

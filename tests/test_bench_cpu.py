@@ -168,6 +168,21 @@ def test_another_process_is_seen(worker: ModuleType) -> None:
     assert 0 < others.share <= 1
 
 
+def test_a_peer_that_is_not_installed_says_so(cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "onnx.py").write_text("raise ImportError('no onnx in this environment')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    peer = cpu.Worker("onnxruntime MatMulNBits g128, level 4", 1, 60)
+    assert peer.failed == "no onnx in this environment"
+    assert peer.ask("turn", case="x", seconds=1)["failed"] == "its process ended with status 0 (limit 60 s)"
+    peer.close()
+
+
+def test_a_contender_that_takes_too_long_is_ended(cpu: ModuleType) -> None:
+    peer = cpu.Worker("limits", 1, 0.001)
+    assert peer.failed == "its process ended with status -9 (limit 0.001 s)"
+    peer.close()
+
+
 # ---- a small run -----------------------------------------------------------------------------------------------------
 
 CELLS = ["64x256 M=1 4b g64 c1 trellis a8", "64x256 M=65 3b g32 c0 plain a16"]
