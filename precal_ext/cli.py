@@ -115,6 +115,12 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--include", action="append", metavar="REGEX", help="quantize these modules too; repeatable")
     group.add_argument("--exclude", action="append", metavar="REGEX", help="leave these modules alone; repeatable")
+    group.add_argument(
+        "--skip-nonfinite",
+        action="store_const",
+        const=True,
+        help="keep weights with NaN or infinities as they are, instead of refusing the model",
+    )
     group.add_argument("--config", metavar="FILE", help="settings as JSON; options override it")
 
 
@@ -159,7 +165,8 @@ def _config(args: argparse.Namespace) -> Any:
             raise RefusedError(f"{path}: must be a JSON file with settings, got: {error}") from None
         if not isinstance(fields, dict):
             raise RefusedError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
-    for name in ("bits", "recipe", "group_size", "c", "grid", "trellis", "alpha", "include", "exclude"):
+    names = ("bits", "recipe", "group_size", "c", "grid", "trellis", "alpha", "include", "exclude", "skip_nonfinite")
+    for name in names:
         value = getattr(args, name)
         if value is not None:
             fields[name] = value

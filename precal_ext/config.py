@@ -55,6 +55,8 @@ class QuantizeConfig:
         alpha, scope, normalize: share and unit of the salient weights of the paper recipe; alpha in [0, 1].
         include, exclude: regular expressions (``re.search`` on the module name) that add modules to the automatic
             choice or take them away; ``exclude`` wins.
+        skip_nonfinite: leave a weight that holds NaN or an infinity as it is, and its fusion set with it, instead of
+            refusing the model.
         overrides: regular expression -> fields of its own, any of bits, group_size, c, grid, trellis. The first that
             matches counts.
     Raises:
@@ -74,6 +76,7 @@ class QuantizeConfig:
     normalize: str = "none"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    skip_nonfinite: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ class QuantizeConfig:
             settle(name, tuple(patterns))
             for pattern in patterns:
                 _check_pattern(name, pattern)
+        _check("skip_nonfinite", self.skip_nonfinite, isinstance(self.skip_nonfinite, bool), "true or false")
         overrides = self.overrides
         _check("overrides", overrides, isinstance(overrides, Mapping), "a mapping from pattern to fields")
         for pattern, fields in overrides.items():

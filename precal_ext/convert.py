@@ -39,7 +39,15 @@ from precal_ext.measure import measure
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
 from precal_ext.report import REPORT_NAME, Entry, Report
-from precal_ext.select import Decision, LinearModules, decide, find_linears, is_expert, model_format
+from precal_ext.select import (
+    Decision,
+    LinearModules,
+    decide,
+    find_linears,
+    is_expert,
+    keep_sets_of,
+    model_format,
+)
 from precal_ext.staging import Work, fingerprint, read_journal
 
 EXPERTS_NOTE = "expert weight, not quantized yet"
@@ -186,6 +194,9 @@ def plan_quantization(
         found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
     decisions = decide(found.names, config, found.heads, found.tied, _model_type(model_config))
     jobs = _plan(index, {d.module: d for d in decisions}, config)
+    if config.skip_nonfinite:
+        decisions = keep_sets_of(decisions, _nonfinite(jobs))
+        jobs = _plan(index, {d.module: d for d in decisions}, config)
     if not any(job.spec for job in jobs):
         raise CheckpointError(
             f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
@@ -469,15 +480,40 @@ def _read_weight(info: TensorInfo) -> Tensor:
     return w
 
 
+def first_nonfinite(w: Tensor) -> tuple[int, int] | None:
+    """Row and column of the first NaN or infinity of a matrix."""
+    finite = torch.isfinite(w)
+    if bool(finite.all()):
+        return None
+    n, k = (~finite).nonzero()[0].tolist()
+    return n, k
+
+
 def _check_finite(info: TensorInfo, w: Tensor) -> None:
     for begin, end in _pieces(info):
-        finite = torch.isfinite(w[begin:end])
-        if not bool(finite.all()):
-            n, k = (~finite).nonzero()[0].tolist()
+        found = first_nonfinite(w[begin:end])
+        if found is not None:
+            n, k = begin + found[0], found[1]
             raise CheckpointError(
-                f"{info.file}: {info.name} must be finite, got {w[begin + n, k].item()} at [{begin + n}, {k}]; the "
-                "model is damaged, or leave the tensor out with --exclude"
+                f"{info.file}: {info.name} must be finite, got {w[n, k].item()} at [{n}, {k}]; the model is damaged, "
+                "or leave the tensor as it is with --skip-nonfinite or --exclude"
             )
+
+
+def _nonfinite(jobs: Sequence[Job]) -> dict[str, str]:
+    """Modules whose weight cannot be quantized -> why. Reads all of them once."""
+    found = {}
+    for job in jobs:
+        if job.spec is None:
+            continue
+        for begin, end in _pieces(job.info):
+            rows = read_rows(job.info, range(begin, end))
+            place = first_nonfinite(rows)
+            if place is not None:
+                n, k = place
+                found[job.module] = f"holds {rows[n, k].item()} at [{begin + n}, {k}]"
+                break
+    return found
 
 
 def _dtype(info: TensorInfo) -> str:

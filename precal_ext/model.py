@@ -22,12 +22,12 @@ from precal_ext.checkpoint import (
     read_tensor,
 )
 from precal_ext.config import ModelFormat, QuantizeConfig, variants
-from precal_ext.convert import entry
+from precal_ext.convert import entry, first_nonfinite
 from precal_ext.linear import PrecalLinear
 from precal_ext.qtensor import WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
 from precal_ext.report import Entry, Report
-from precal_ext.select import Decision, SelectionError, decide, is_linear, model_format
+from precal_ext.select import Decision, SelectionError, decide, is_linear, keep_sets_of, model_format
 
 FORMAT_ATTRIBUTE = "precal_format"
 
@@ -56,6 +56,10 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
     linears = find_linear_modules(model)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     decisions = decide(linears, config, _heads(model, linears), _tied(model, linears), model_type)
+    if config.skip_nonfinite:
+        places = {d.module: first_nonfinite(linears[d.module].weight) for d in decisions if d.quantized}
+        reasons = {m: f"holds {linears[m].weight[at].item()} at {list(at)}" for m, at in places.items() if at}
+        decisions = keep_sets_of(decisions, reasons)
     chosen = [d for d in decisions if d.quantized]
     if not chosen:
         raise SelectionError("quantize_model: the model must have linear layers to quantize, got none")

@@ -76,6 +76,20 @@ class Decision:
         return self.action == "quantize"
 
 
+def keep_sets_of(decisions: Sequence[Decision], found: Mapping[str, str]) -> list[Decision]:
+    """Decisions with the modules of ``found`` kept for the reason given there, and with them their fusion sets, whose
+    members must have one format."""
+    sets = {d.fusion_set: d.module for d in decisions if d.module in found and d.quantized}
+
+    def changed(d: Decision) -> Decision:
+        if not d.quantized or d.fusion_set not in sets:
+            return d
+        reason = found.get(d.module, f"fused with {sets[d.fusion_set]}, which is kept")
+        return dataclasses.replace(d, action="keep", reason=reason)
+
+    return [changed(d) for d in decisions]
+
+
 def fusion_set_of(module: str) -> str:
     """The name of a module's fusion set: siblings of the table, and all experts of a layer."""
     parent, _, leaf = module.rpartition(".")

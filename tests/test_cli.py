@@ -14,10 +14,10 @@ import pytest
 import torch
 from models import Run, altered, digests, edit_config
 
-from precal_ext import QuantizeConfig, cli, quantize_checkpoint
+from precal_ext import QuantizeConfig, cli, quantize_checkpoint, quantize_model
 from precal_ext.convert import Progress
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest_plugins = ["package_fixtures"]
 
 
@@ -221,3 +221,21 @@ def test_a_weight_that_is_not_finite_is_named(run: Run, tiny: Path, tmp_path: Pa
     assert re.search(rf"model\.safetensors: {UP} must be finite, got nan at \[7, 3\]", err)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert run("quantize", folder, tmp_path / "out", "--recipe", recipe, "--exclude", r"1\.mlp\.up_proj")[0] == 0
+
+
+def test_a_weight_that_is_not_finite_is_skipped_on_demand(run: Run, tiny: Path, tmp_path: Path) -> None:
+    folder, out = altered(tiny, tmp_path / "model", make_nan), tmp_path / "out"
+    code, _, err = run("quantize", folder, out, "--skip-nonfinite", "--quiet")
+    assert (code, err) == (0, "")
+    report = json.loads((out / "precal_report.json").read_text())
+    kept = {e["tensor"]: e["reason"] for e in report["tensors"] if e["action"] == "keep"}
+    up, gate = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "gate"))  # servers fuse the two
+    assert kept[up] == "holds nan at [7, 3]"
+    assert kept[gate] == f"fused with {up.removesuffix('.weight')}, which is kept"
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert {name.removesuffix(".weight") for name in (up, gate)} < set(settings["modules_to_not_convert"])
+    assert run("verify", out)[0] == 0
+    # In memory the same modules are kept.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    found = quantize_model(model, QuantizeConfig(skip_nonfinite=True))
+    assert {e.tensor: e.reason for e in found.entries if e.action == "keep"} == kept
