@@ -130,11 +130,14 @@ def environment() -> dict[str, str]:
 def undisturbed(model: Path, out: Path) -> dict[str, float]:
     """Seconds and peak memory of one run of its own."""
     started = time.monotonic()
-    process = subprocess.Popen(command(model, out, "--quiet"), env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(model, out, "--quiet", "--json"), env=environment(), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     require(process.returncode == 0, f"the undisturbed run must end well, got exit code {process.returncode}")
-    return {"seconds": time.monotonic() - started, "rss_bytes": usage.ru_maxrss * 1024}
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "seconds_at_work": json.loads(said)["seconds"], "rss_bytes": usage.ru_maxrss * 1024}
 
 
 def recorded(out: Path) -> int:
@@ -144,8 +147,8 @@ def recorded(out: Path) -> int:
 class Campaign:
     """Runs the same command until it ends well, and breaks it on the way."""
 
-    def __init__(self, model: Path, folder: Path, seconds: float, chance: random.Random) -> None:
-        self.model, self.folder, self.seconds, self.chance = model, folder, seconds, chance
+    def __init__(self, model: Path, folder: Path, figures: dict[str, float], chance: random.Random) -> None:
+        self.model, self.folder, self.figures, self.chance = model, folder, figures, chance
         self.expected = digests(folder / "expected" / "out")
         self.out = folder / "broken" / "out"
         self.finished = 0
@@ -166,15 +169,22 @@ class Campaign:
             stderr=subprocess.PIPE,
             text=True,
         )
+        # One in four at any moment from the start, imports and checks included; the others once a tensor is done.
+        assert process.stderr is not None
+        anywhere = self.chance.random() < 0.25
+        begun = "" if anywhere else process.stderr.readline()
         try:
-            process.wait(self.chance.uniform(0, self.seconds))
+            span = self.figures["seconds"] if anywhere else self.figures["seconds_at_work"] / 2
+            process.wait(self.chance.uniform(0, span))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-        _, err = process.communicate(timeout=600)
+        err = begun + process.communicate(timeout=600)[1]
         first = next((line for line in err.splitlines() if " tensors, " in line), None)
         if first is not None:
-            begun = int(first.split("/")[0])
-            require(begun == before + 1, f"a run must begin with tensor {before + 1}, got {begun}: work was lost")
+            number_one = int(first.split("/")[0])
+            require(
+                number_one == before + 1, f"a run must begin with tensor {before + 1}, got {number_one}: work is lost"
+            )
         if self.out.exists():
             # Done, or hit after OUT had got its name.
             self.check_finished()
@@ -409,7 +419,7 @@ def campaign(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str,
     require(
         figures["rss_bytes"] <= bound, f"peak memory must be at most {bound:,} bytes, got {figures['rss_bytes']:,.0f}"
     )
-    broken = Campaign(model, folder, figures["seconds"], chance)
+    broken = Campaign(model, folder, figures, chance)
     yield "kill -9", broken.signals(signal.SIGKILL, {-signal.SIGKILL}, arguments.kills)
     yield "SIGINT", broken.signals(signal.SIGINT, {130}, arguments.interrupts)
     yield "SIGTERM", broken.signals(signal.SIGTERM, {143}, arguments.interrupts)
@@ -427,17 +437,18 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to work; needs three times the size (default: a temporary one)"
     )
-    parser.add_argument("--out", type=Path, help="append the figures to this file, one line of JSON")
+    parser.add_argument("--out", type=Path, help="append the figures to this file, a line of JSON for each kind")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
+    # A shell that starts this in the background lets it ignore Ctrl-C, and so would the processes it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {key: getattr(arguments, key) for key in ("size", "kills", "interrupts", "every", "seed")}
     with tempfile.TemporaryDirectory(prefix="precal-faults-", dir=arguments.folder) as folder:
         for name, result in campaign(Path(folder), arguments):
-            results[name] = result
             print(f"{name}: {json.dumps(result)}", flush=True)
-    if arguments.out is not None:
-        options = {key: getattr(arguments, key) for key in ("size", "kills", "interrupts", "every", "seed")}
-        with open(arguments.out, "a") as file:
-            file.write(json.dumps({**facts("bench/faults.py"), **options, "results": results}) + "\n")
+            if arguments.out is not None:
+                with open(arguments.out, "a") as file:
+                    row = {**facts("bench/faults.py"), **options, "fault": name, "result": result}
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
