@@ -418,7 +418,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(
 
 @pytest.mark.slow
 def test_a_short_campaign(tmp_path: Path) -> None:
-    command = ["bench/faults.py", "--size", "4MB", "--kills", "2", "--interrupts", "1", "--every", "12"]
+    command = ["bench/faults.py", "--size", "4MB", "--kills", "2", "--interrupts", "1", "--every", "100"]
     done = subprocess.run(
         [sys.executable, *command, "--out", str(tmp_path / "results")],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500,
