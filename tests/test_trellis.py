@@ -44,7 +44,8 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_search_follows_its_specification(recipe: str, matrix: str) -> None:
     r = RECIPES[recipe]
-    for N, K in [(3, 1), (2, 2), (17, 130), (3, 513), (1, 2304)]:
+    long = [(3, 513), (1, 2304)] if matrix == "student_t" else []  # the oracle is slow
+    for N, K in [(3, 1), (2, 2), (17, 130), (2, 270), *long]:
         w = shapes.HARD_MATRICES[matrix](N, K)
         codes, scale, row_scale, *_ = r.quantize(w)
         dense = dense_mask(w, r)
