@@ -82,7 +82,8 @@ def _computing(plan: Plan) -> float:
         if job.spec is not None and job.decision is not None:
             name = job.decision.fusion_set
             sets[name] = sets.get(name, 0) + job.spec.N * job.spec.K
-    fitted = 0 if settings.uniform else settings.fit_rounds * sum(min(SAMPLE, size) for size in sets.values())
+    rounds = settings.fit_rounds + bool(settings.trellis and settings.fit_rounds)  # a trellis judges the last one too
+    fitted = 0 if settings.uniform else rounds * sum(min(SAMPLE, size) for size in sets.values())
     return best / w.numel() * (sum(sets.values()) + fitted)
 
 
@@ -129,7 +130,7 @@ def describe(plan: Plan, job: Job) -> dict[str, Any]:
     else:
         s = job.spec
         data.update(action="quantize", reason=job.decision.reason, fusion_set=job.decision.fusion_set, bits=s.bits)
-        data.update(group_size=s.group_size, c=s.c, grid=plan.config.for_module(job.module).grid)
+        data.update(group_size=s.group_size, c=s.c, grid=plan.config.for_module(job.module).grid, trellis=s.trellis)
         data["bits_per_weight"] = s.bits_per_weight()
     return {**data, "bytes_before": job.info.nbytes, "bytes_after": job.nbytes_out}
 

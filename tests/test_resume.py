@@ -418,7 +418,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(
 
 @pytest.mark.slow
 def test_a_short_campaign(tmp_path: Path) -> None:
-    command = ["bench/faults.py", "--size", "4MB", "--kills", "2", "--interrupts", "1", "--every", "100"]
+    command = ["bench/faults.py", "--size", "4MB", "--kills", "1", "--interrupts", "0", "--every", "100"]
     done = subprocess.run(
         [sys.executable, *command, "--out", str(tmp_path / "results")],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500,
@@ -426,8 +426,8 @@ def test_a_short_campaign(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = map(json.loads, (tmp_path / "results").read_text().splitlines())
     results = {row["fault"]: row["result"] for row in rows}
-    assert (results["kill -9"]["hit"], results["SIGINT"]["hit"], results["SIGTERM"]["hit"]) == (2, 1, 1)
-    assert results["a write, sync or rename fails"]["struck"] > 5
+    assert results["kill -9"]["hit"] == 1
+    assert results["a write, sync or rename fails"]["struck"] > 1
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
