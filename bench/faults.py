@@ -130,14 +130,21 @@ def environment() -> dict[str, str]:
 def undisturbed(model: Path, out: Path) -> dict[str, float]:
     """Seconds and peak memory of one run of its own."""
     started = time.monotonic()
-    process = subprocess.Popen(command(model, out, "--quiet", "--json"), env=environment(), stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    require(process.returncode == 0, f"the undisturbed run must end well, got exit code {process.returncode}")
-    seconds = time.monotonic() - started
-    return {"seconds": seconds, "seconds_at_work": json.loads(said)["seconds"], "rss_bytes": usage.ru_maxrss * 1024}
+    run = [sys.executable, "-c", _MEASURED, *command(model, out, "--quiet", "--json")]
+    done = subprocess.run(run, env=environment(), capture_output=True, text=True)
+    require(done.returncode == 0, f"the undisturbed run must end well, got exit code {done.returncode}")
+    seconds, peak = time.monotonic() - started, int(done.stderr.splitlines()[-1]) * 1024
+    return {"seconds": seconds, "seconds_at_work": json.loads(done.stdout)["seconds"], "rss_bytes": peak}
+
+
+# The peak of a process starts with that of the one that forks it: a small one in between forgets ours.
+_MEASURED = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 
 
 def recorded(out: Path) -> int:
