@@ -19,7 +19,8 @@ pytest_plugins = ["package_fixtures"]
 
 # Says that it has begun and stops, in the middle of the tensor whose number is given, counted from 0.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born with SIGINT ignored
 from precal_ext import convert
 from precal_ext.cli import main
 

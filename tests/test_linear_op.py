@@ -261,6 +261,21 @@ def test_a_row_does_not_see_the_others(isa: str, bits: int, mode: str) -> None:
             assert torch.equal(linear(x, weight, None, prepacked, mode)[:1], alone)
 
 
+@pytest.mark.skipif(not {"avx2", "avx512"} <= set(ISAS), reason="compares AVX2 and AVX-512")
+@pytest.mark.parametrize("mode", ROUNDING)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_vector_isas_give_the_same_bits(bits: int, mode: str) -> None:
+    """The integers are the same, and the float operations and their order are."""
+    for i, (M, K) in enumerate([(1, 300), (4, 2304), (9, 600), (40, 4096)]):
+        weight = shapes.random_weight(i, 50, K, bits, 64, c=i % 3, trellis=i % 2 == 0)
+        x, prepacked = activations(M, K, i), ops.prepack(*weight)
+        results = []
+        for isa in ("avx2", "avx512"):
+            with forced_isa(isa):
+                results.append(linear(x, weight, None, prepacked, mode))
+        assert torch.equal(*results), (M, K)
+
+
 @pytest.mark.parametrize("mode", ROUNDING)
 def test_rounding_of_strange_activations(isa: str, mode: str) -> None:
     weight = shapes.random_weight(0, 20, 256, 4, 64, c=1, trellis=True)

@@ -104,15 +104,19 @@ struct DequantizeArgs {
   float* out;  // [N, K]
 };
 
-// Rows of x as whole numbers times a scale per span: columns of one group, at most kMaxSpan of them.
+// Rows of x as whole numbers times a scale per span: columns of one group, at most kMaxSpan of them. M rows, cut into
+// panels of tokens that share a load of decoded weights.
 constexpr int64_t kMaxSpan = 128;
 struct QuantizedRows {
-  int planes;    // 1: 8 bits; 2: 16 bits, high * 256 + low
+  int planes;    // 1: 8 bits; 2: 16 bits, high * radix + low
   int64_t span;  // columns of a span, a multiple of the chunk; divides the group size
   int64_t num_spans;
-  int8_t* x;       // [M][planes][num_chunks * chunk], four columns of a step beside each other (format/interleave.h)
-  int32_t* start;  // [M][planes][num_spans]: -128 * the sum of x
-  float* scale;    // [M][num_spans]
+  int64_t panel;      // tokens of a panel; the last one may have fewer
+  int8_t* x;          // [span][panel][step][token of the panel][plane][4 columns of a step] (format/interleave.h)
+  int32_t* start;     // [span][M][planes]: -128 * the sum of x
+  float* scale;       // [span][M]
+  int64_t lanes;      // 1 (M = 1), 4, 8 or 16: tokens that outliers are added for together
+  float* transposed;  // [ceil(M / lanes)][K][lanes]: x; nullptr without outliers
 };
 
 struct LinearArgs {
@@ -120,10 +124,12 @@ struct LinearArgs {
   format::TileLayout layout;
   const uint8_t* prepacked;  // prepacked.h
   const float* levels;       // [256]; they repeat, so that the index of a narrow code needs no masking
-  const float* x;            // [M, K]
-  int64_t M;                 // at most kLinearMaxRows, kInt8MaxRows with integers
-  const float* bias;         // [N] or nullptr
-  void* y;                   // [M, N] y_dtype, rows y_stride elements apart
+  const float* x;            // [M, K], for linear_tiles
+  const void* x_rows;        // [M, K] x_dtype, for the integer kernels
+  DType x_dtype;
+  int64_t M;          // at most kLinearMaxRows, kInt8MaxRows with integers
+  const float* bias;  // [N] or nullptr
+  void* y;            // [M, N] y_dtype, rows y_stride elements apart
   DType y_dtype;
   int64_t y_stride;
   QuantizedRows q;       // for linear_int8_tiles
@@ -139,6 +145,12 @@ inline int64_t linear_scratch_floats() {
   return format::kBlock * format::kTileRows + kLinearMaxRows * kLinearChains * format::kTileRows;
 }
 
+constexpr int64_t kTransposeColumns = 256;  // of one piece of transpose_activations
+constexpr int64_t kStripTiles = 256;        // tiles whose sums are kept at once: 2 MB for 128 rows
+inline int64_t int8_scratch_floats(int64_t M, int64_t num_tiles) {
+  return (num_tiles < kStripTiles ? num_tiles : kStripTiles) * M * format::kTileRows;
+}
+
 struct KernelTable {
   const char* name;
   void (*soft_threshold)(const SoftThresholdArgs&, int64_t begin, int64_t end);
@@ -152,10 +164,12 @@ struct KernelTable {
   void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
   void (*dequantize_rows)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
   void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
-  // With integer activations; nullptr where there is no such kernel.
-  void (*linear_int8_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
-  void (*quantize_activations)(const float* x, int64_t K, const format::TileLayout&, const QuantizedRows&,
-                               int64_t row_begin, int64_t row_end);
+  // With integer activations; codes in chunks.
+  void (*linear_int8_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end,
+                            float* scratch);  // 64-byte aligned
+  void (*quantize_activations)(const LinearArgs&, int64_t row_begin, int64_t row_end);
+  void (*transpose_activations)(const LinearArgs&, int64_t piece_begin, int64_t piece_end);
+  int panel_sums;  // tokens of a panel times planes
 };
 
 extern const KernelTable k_scalar_kernels;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/aligned_buffer.h"
 #include "core/parallel.h"
 #include "cpu/interleave.h"
 #include "cpu/ops.h"
@@ -85,11 +86,9 @@ void copy_to_float(const TensorView& t, int64_t begin, int64_t count, float* out
 
 // Memory for activations as integers, and what the kernels must know of the order of columns.
 struct IntegerRows {
-  std::vector<int8_t> x;
-  std::vector<int32_t> start;
-  std::vector<float> scale;
-  std::vector<uint32_t> keep;
+  AlignedBuffer memory;
 
+  // For up to M rows at a time.
   void prepare(const WeightFormat& f, const TileLayout& t, int planes, int64_t M, LinearArgs* args) {
     QuantizedRows& q = args->q;
     q.planes = planes;
@@ -99,19 +98,44 @@ struct IntegerRows {
       while (f.group_size % q.span != 0) q.span /= 2;
     }
     q.num_spans = ceil_div(f.K, q.span);
-    x.assign(size_t(M * planes * t.num_chunks * t.chunk), 0);
-    start.resize(size_t(M * planes * q.num_spans));
-    scale.resize(size_t(M * q.num_spans));
-    q.x = x.data();
-    q.start = start.data();
-    q.scale = scale.data();
-    keep.assign(size_t(t.num_chunks), 0xFFFFFFFFu);
+    q.panel = kernels().panel_sums / planes;
+
+    int64_t bytes = 0;
+    const auto place = [&bytes](int64_t size) {
+      const int64_t at = bytes;
+      bytes += round_up(size, int64_t(AlignedBuffer::kAlignment));
+      return at;
+    };
+    const int64_t x = place(M * planes * t.num_chunks * t.chunk), start = place(M * planes * q.num_spans * 4),
+                  scale = place(M * q.num_spans * 4), keep = place(t.num_chunks * 4);
+    const int64_t transposed = f.c > 0 ? place(round_up(M, 16) * f.K * 4) : 0;
+    memory = AlignedBuffer(bytes);
+    q.x = memory.as<int8_t>(x);
+    q.start = memory.as<int32_t>(start);
+    q.scale = memory.as<float>(scale);
+    q.transposed = f.c > 0 ? memory.as<float>(transposed) : nullptr;
+
+    uint32_t* kept = memory.as<uint32_t>(keep);
+    std::fill_n(kept, t.num_chunks, 0xFFFFFFFFu);
     const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
     for (int64_t b = 0; b < blocks.num_blocks; ++b) {
       const int64_t k = format::block_begin(blocks, b), j = k % t.chunk / (t.chunk / 4);
-      keep[size_t(k / t.chunk)] &= ~(0xFFu << (8 * j));
+      kept[k / t.chunk] &= ~(0xFFu << (8 * j));
     }
-    args->keep = keep.data();
+    args->keep = kept;
+  }
+
+  static void quantize(LinearArgs* args) {
+    QuantizedRows& q = args->q;
+    const int64_t M = args->M, K = args->format.K;
+    q.lanes = M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
+    // A piece is worth a thread from some tens of thousands of elements on.
+    parallel_for(0, M, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(K, 1)),
+                 [&](int64_t begin, int64_t end) { kernels().quantize_activations(*args, begin, end); });
+    if (args->format.c == 0) return;
+    const int64_t pieces = ceil_div(M, q.lanes) * ceil_div(K, kTransposeColumns);
+    parallel_for(0, pieces, (1 << 15) / (kTransposeColumns * q.lanes),
+                 [&](int64_t begin, int64_t end) { kernels().transpose_activations(*args, begin, end); });
   }
 };
 
@@ -285,33 +309,31 @@ Status Linear::run(const TensorView* out) const {
   args.y_stride = f.N;
 
   IntegerRows rows;
-  const bool integers = activations != "f32" && args.layout.chunk > 0 && kernels().linear_int8_tiles != nullptr;
+  const bool integers = activations != "f32" && args.layout.chunk > 0;
   const int64_t most = integers ? kInt8MaxRows : kLinearMaxRows;
   if (integers) rows.prepare(f, args.layout, activations == "a16" ? 2 : 1, std::min(M, most), &args);
 
   std::vector<float> x_copy;
   for (int64_t m = 0; m < M; m += most) {
     args.M = std::min(most, M - m);
-    if (x.dtype == DType::kFloat32) {
+    args.x_rows = x.as<uint8_t>() + m * f.K * dtype_bytes(x.dtype);
+    args.x_dtype = x.dtype;
+    args.y = out[0].as<uint8_t>() + m * f.N * dtype_bytes(out[0].dtype);
+    if (integers) {
+      IntegerRows::quantize(&args);
+    } else if (x.dtype == DType::kFloat32) {
       args.x = x.as<float>() + m * f.K;
     } else {
       x_copy.resize(size_t(args.M * f.K));
       copy_to_float(x, m * f.K, args.M * f.K, x_copy.data());
       args.x = x_copy.data();
     }
-    args.y = out[0].as<uint8_t>() + m * f.N * dtype_bytes(out[0].dtype);
-    if (integers) {
-      parallel_for(0, args.M, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(f.K, 1)),
-                   [&](int64_t begin, int64_t end) {
-                     kernels().quantize_activations(args.x, f.K, args.layout, args.q, begin, end);
-                   });
-    }
     // A piece is worth a thread from about 32 thousand multiply-adds on.
     const int64_t tile_work = std::max<int64_t>(1, kTileRows * f.K * (args.M + 4));
     const int64_t grain = std::max<int64_t>(integers ? 2 : 1, (1 << 15) / tile_work);
     parallel_for(0, args.layout.num_tiles, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(static_cast<size_t>(linear_scratch_floats()));
-      (integers ? kernels().linear_int8_tiles : kernels().linear_tiles)(args, begin, end, scratch.data());
+      const AlignedBuffer scratch(4 * (integers ? int8_scratch_floats(args.M, end - begin) : linear_scratch_floats()));
+      (integers ? kernels().linear_int8_tiles : kernels().linear_tiles)(args, begin, end, scratch.as<float>());
     });
   }
   return {};

@@ -13,15 +13,9 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 static constexpr KernelTable make_table(const char* name) {
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
-  constexpr auto int8_tiles = linear_int8_tiles;
-  constexpr auto activations = quantize_activations;
-#else
-  constexpr decltype(KernelTable::linear_int8_tiles) int8_tiles = nullptr;
-  constexpr decltype(KernelTable::quantize_activations) activations = nullptr;
-#endif
-  return {name,        soft_threshold,  magnitude_digit, histogram,  quantize_rows, pack_rows,
-          unpack_rows, dequantize_rows, linear_tiles,    int8_tiles, activations};
+  return {name,        soft_threshold,  magnitude_digit, histogram,         quantize_rows,        pack_rows,
+          unpack_rows, dequantize_rows, linear_tiles,    linear_int8_tiles, quantize_activations, transpose_activations,
+          kPanelSums};
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

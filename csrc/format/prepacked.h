@@ -5,15 +5,16 @@
 //
 //   header   64 bytes, below
 //   grid     256 bytes: int8 levels, zero padded (absent grid: all zero)
-//   tile 0, tile 1, ... ceil(N/16) of them, tile_bytes apart; each a run of sections, every one 64-byte aligned:
+//   tile 0, tile 1, ... ceil(N/16) of them, tile_bytes apart; each a run of sections, every one 64-byte aligned, in the
+//   order in which a CPU reads them:
 //     row_scale      [16]               bfloat16
-//     codes          [chunks][...]      3 and 4 bits: interleave.h
-//       or           [words][16]        other widths, odd group sizes, split: int32, the bit stream word by word
-//     scale          [groups][16]       e4m3 or float16
-//     outlier_scale  [groups][16]       as scale; split only
 //     outlier_value  [blocks][c][16]    e4m3
 //     outlier_index  [blocks][c][16]    uint8
+//     scale          [groups][16]       e4m3 or float16
+//     outlier_scale  [groups][16]       as scale; split only
 //     mask           [ceil(K/8)][16]    uint8; split only
+//     codes          [chunks][...]      3 and 4 bits: interleave.h
+//       or           [words][16]        other widths, odd group sizes, split: int32, the bit stream word by word
 //   Rows past N are zero everywhere, so they contribute nothing.
 #pragma once
 
@@ -43,30 +44,30 @@ constexpr int64_t kPrepackedTilesOffset = kPrepackedGridOffset + 256;
 
 struct TileLayout {
   int64_t chunk, num_chunks, chunk_bytes;                                   // chunk 0: codes are words
-  int64_t codes, scale, outlier_scale, outlier_value, outlier_index, mask;  // byte offsets inside a tile
+  int64_t outlier_value, outlier_index, scale, outlier_scale, mask, codes;  // byte offsets inside a tile
   int64_t tile_bytes, num_tiles, total_bytes;
 };
 
 PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
   TileLayout t;
   int64_t offset = 64;  // row_scale: 32 bytes, padded to a line
-  t.codes = offset;
-  t.chunk = f.split ? 0 : chunk_columns(f.bits, f.group_size);
-  t.num_chunks = t.chunk > 0 ? ceil_div(f.K, t.chunk) : 0;
-  t.chunk_bytes = chunk_bytes(f.bits, t.chunk);
-  offset = round_up(offset + (t.chunk > 0 ? t.num_chunks * t.chunk_bytes : num_words(f) * kTileRows * 4), 64);
-  t.scale = offset;
-  const int64_t scales = num_groups(f) * kTileRows * scale_bytes(f.scale_type);
-  offset = round_up(offset + scales, 64);
-  t.outlier_scale = offset;
-  if (f.split) offset = round_up(offset + scales, 64);
   const int64_t entries = num_blocks(f) * f.c * kTileRows;
   t.outlier_value = offset;
   offset = round_up(offset + entries, 64);
   t.outlier_index = offset;
   offset = round_up(offset + entries, 64);
+  t.scale = offset;
+  const int64_t scales = num_groups(f) * kTileRows * scale_bytes(f.scale_type);
+  offset = round_up(offset + scales, 64);
+  t.outlier_scale = offset;
+  if (f.split) offset = round_up(offset + scales, 64);
   t.mask = offset;
   if (f.split) offset = round_up(offset + mask_bytes_per_row(f) * kTileRows, 64);
+  t.codes = offset;
+  t.chunk = f.split ? 0 : chunk_columns(f.bits, f.group_size);
+  t.num_chunks = t.chunk > 0 ? ceil_div(f.K, t.chunk) : 0;
+  t.chunk_bytes = chunk_bytes(f.bits, t.chunk);
+  offset = round_up(offset + (t.chunk > 0 ? t.num_chunks * t.chunk_bytes : num_words(f) * kTileRows * 4), 64);
   t.tile_bytes = offset;
   t.num_tiles = ceil_div(f.N, kTileRows);
   t.total_bytes = kPrepackedTilesOffset + t.num_tiles * t.tile_bytes;

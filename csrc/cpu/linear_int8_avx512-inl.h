@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x @ W'^T + bias with integer dot products: AVX-512 VBMI, VNNI, GFNI.
+//
+//   Codes  decode_avx512-inl.h: level + 128, unsigned bytes, 16 rows x 4 columns a register.
+//   Dots   vpdpbusd: levels + 128 times activations of 8 signed bits. a8: x rounded to 8 bits per span of up to 128
+//          columns of a group. a16: x as high * 256 + low, 16 bits, two dots. Sums start at -128 * sum(x).
+//   Work   a thread owns tiles of 16 rows. Up to 8 sums (tokens x planes): levels go straight from registers into the
+//          dots of two tiles. More: a span of two tiles is decoded once into L1, and panels of 8 sums run over it.
+//   Order  y = the outliers, block by block; then fma(float(sum) * x_scale, scale, y) span by span; then times the row
+//          scale, plus bias. The same for every M: a token's result depends on it alone.
+#pragma once
+
+#include <utility>
+
+#include "cpu/outliers_avx512-inl.h"
+
+namespace precal::cpu::PRECAL_ISA_NAMESPACE {
+
+constexpr int64_t kPrefetch = 2048;  // bytes of codes ahead
+constexpr int kPanelSums = 8;        // tokens of a panel times planes; with two tiles 16 sums in registers
+
+PRECAL_FORCE_INLINE __m512i broadcast_dword(const void* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+
+// The sum in place: gcc 12 otherwise copies sums between registers from one step to the next.
+PRECAL_FORCE_INLINE void dot(__m512i& sum, __m512i levels, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(x));
+}
+
+template <int kPlanes>
+PRECAL_FORCE_INLINE __m512 sum_of_planes(const __m512i* sums) {
+  return _mm512_cvtepi32_ps(kPlanes == 2 ? _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]) : sums[0]);
+}
+
+PRECAL_INLINE const uint8_t* tile_at(const LinearArgs& args, int64_t t) {
+  return args.prepacked + format::kPrepackedTilesOffset + t * args.layout.tile_bytes;
+}
+
+// y * row_scale + bias, rounded to y's type.
+PRECAL_FORCE_INLINE void store_tile(const LinearArgs& args, int64_t t, const uint8_t* tile, int64_t m, __m512 y) {
+  const __mmask16 rows = first_lanes(args.format.N - t * kTileLanes);
+  const __m512i codes = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
+  y = _mm512_mul_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(codes, 16)));
+  if (args.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(rows, args.bias + t * kTileLanes));
+  const int64_t at = m * args.y_stride + t * kTileLanes;
+  if (args.y_dtype == DType::kFloat32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(args.y) + at, rows, y);
+  } else if (args.y_dtype == DType::kFloat16) {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + at, rows,
+                             _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else {
+    // float_to_bf16(): nearest even, NaN stays quiet. vcvtneps2bf16 would flush denormals.
+    const __m512i bits = _mm512_castps_si512(y), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + at, rows,
+                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+}
+
+// kTokens tokens and kTiles tiles, straight from the codes.
+template <int kBits, int kPlanes, int kTokens, int kTiles>
+static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_t t0) {
+  constexpr int kSums = kTokens * kPlanes;
+  // Sums of the same output that run beside each other: a dot has a latency of 4 to 5 cycles, two start per cycle.
+  constexpr int kChains = kSums * kTiles >= 8 ? 1 : kSums * kTiles >= 4 ? 2 : 4;
+  const format::TileLayout& layout = args.layout;
+  const QuantizedRows& q = args.q;
+  const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
+  const int64_t chunk_x = layout.chunk * kSums;
+  const int registers = int(layout.chunk_bytes / 64);
+  const uint8_t* tile = tile_at(args, t0);
+  const uint8_t* codes = tile + layout.codes;
+  const int8_t* x = q.x;
+  ChunkDecoder<kBits, kTiles> decoder(tables);
+  __m512 y[kTiles][kTokens], scale[kTiles];
+  alignas(64) float outliers[kTokens * kTileLanes];
+#pragma GCC unroll 2
+  for (int j = 0; j < kTiles; ++j) {
+    outlier_sums(args, tile + j * layout.tile_bytes, 0, outliers);
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) y[j][m] = _mm512_load_ps(outliers + m * kTileLanes);
+    scale[j] = _mm512_setzero_ps();
+  }
+  int64_t n = 0, group = 0, spans_left = 0;
+  for (int64_t s = 0; s < q.num_spans; ++s) {
+    if (spans_left == 0) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        scale[j] = load_scales(tile + j * layout.tile_bytes + layout.scale, group, args.format.scale_type);
+      }
+      ++group;
+      spans_left = spans_per_group;
+    }
+    --spans_left;
+    __m512i acc[kTiles][kSums][kChains];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) {
+      const __m512i start = _mm512_set1_epi32(q.start[s * kSums + i]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        acc[j][i][0] = start;
+#pragma GCC unroll 4
+        for (int c = 1; c < kChains; ++c) acc[j][i][c] = _mm512_setzero_si512();
+      }
+    }
+    const int64_t end = n + chunks_per_span < layout.num_chunks ? n + chunks_per_span : layout.num_chunks;
+    for (; n < end; ++n) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes + j * layout.tile_bytes + line + kPrefetch), _MM_HINT_T0);
+        }
+      }
+      decoder.decode(codes, layout.tile_bytes, registers, args.keep[n],
+                     [&](int t, int i, const __m512i* w) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                       for (int k = 0; k < kSums; ++k) {
+                         const __m512i v = broadcast_dword(x + (t * kSums + k) * 4);
+#pragma GCC unroll 2
+                         for (int j = 0; j < kTiles; ++j) {
+                           __m512i& sum = acc[j][k][i % kChains];
+                           dot(sum, w[j], v);
+                         }
+                       }
+                     });
+      x += chunk_x;
+      codes += layout.chunk_bytes;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+      const __m512 x_scale = _mm512_set1_ps(q.scale[s * kTokens + m]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        __m512i sums[kPlanes];
+#pragma GCC unroll 2
+        for (int p = 0; p < kPlanes; ++p) {
+          sums[p] = acc[j][m * kPlanes + p][0];
+#pragma GCC unroll 4
+          for (int c = 1; c < kChains; ++c) sums[p] = _mm512_add_epi32(sums[p], acc[j][m * kPlanes + p][c]);
+        }
+        y[j][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum_of_planes<kPlanes>(sums), x_scale), scale[j], y[j][m]);
+      }
+    }
+  }
+  for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTiles; ++j) store_tile(args, t0 + j, tile + j * layout.tile_bytes, m, y[j][m]);
+  }
+}
+
+// `count` panels from token m0 on over one decoded span of kTiles tiles: levels [step][kTiles][64]; y [kTiles][M][16].
+template <int kPlanes, int kSums, int kTiles>
+static void panels_of_tokens(const LinearArgs& args, const uint8_t* levels, int64_t s, const int8_t* x, int64_t steps,
+                             int64_t m0, int64_t count, const __m512* scale, float* y) {
+  constexpr int kTokens = kSums / kPlanes;
+  const int64_t M = args.M;
+  const int32_t* starts = args.q.start + (s * M + m0) * kPlanes;
+  const float* x_scale = args.q.scale + s * M + m0;
+  float* to = y + m0 * kTileLanes;
+  __m512 scales[kTiles];
+#pragma GCC unroll 2
+  for (int j = 0; j < kTiles; ++j) scales[j] = scale[j];
+  for (int64_t panel = 0; panel < count; ++panel) {
+    __m512i acc[kSums][kTiles];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) {
+      const __m512i start = _mm512_set1_epi32(starts[i]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) acc[i][j] = start;
+    }
+    const uint8_t* from = levels;
+    for (int64_t step = 0; step < steps; ++step) {
+      __m512i w[kTiles];
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) w[j] = _mm512_load_si512(from + j * 64);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSums; ++i) {
+        const __m512i v = broadcast_dword(x + i * 4);
+#pragma GCC unroll 2
+        for (int j = 0; j < kTiles; ++j) dot(acc[i][j], w[j], v);
+      }
+      from += kTiles * 64;
+      x += kSums * 4;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+      const __m512 of_token = _mm512_set1_ps(x_scale[m]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        __m512i sums[kPlanes];
+#pragma GCC unroll 2
+        for (int p = 0; p < kPlanes; ++p) sums[p] = acc[m * kPlanes + p][j];
+        float* at = to + (j * M + m) * kTileLanes;
+        const __m512 part = _mm512_mul_ps(sum_of_planes<kPlanes>(sums), of_token);
+        _mm512_store_ps(at, _mm512_fmadd_ps(part, scales[j], _mm512_load_ps(at)));
+      }
+    }
+    starts += kSums;
+    x_scale += kTokens;
+    to += kTokens * kTileLanes;
+  }
+}
+
+using PanelKernel = void (*)(const LinearArgs&, const uint8_t*, int64_t, const int8_t*, int64_t, int64_t, int64_t,
+                             const __m512*, float*);
+
+template <int kPlanes, int kTiles, int... kBefore>
+static PanelKernel panel_kernel(int64_t tokens, std::integer_sequence<int, kBefore...>) {
+  static constexpr PanelKernel kKernels[] = {panels_of_tokens<kPlanes, (kBefore + 1) * kPlanes, kTiles>...};
+  return kKernels[tokens - 1];
+}
+
+// y [kTiles][M][16] holds the outliers' part.
+template <int kBits, int kPlanes, int kTiles>
+static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64_t t0, float* y) {
+  const format::TileLayout& layout = args.layout;
+  const QuantizedRows& q = args.q;
+  const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
+  const int64_t full_panels = args.M / q.panel, rest = args.M % q.panel;
+  using Widths = std::make_integer_sequence<int, kPanelSums / kPlanes>;
+  const PanelKernel full = panel_kernel<kPlanes, kTiles>(q.panel, Widths());
+  const PanelKernel last = panel_kernel<kPlanes, kTiles>(rest > 0 ? rest : 1, Widths());
+  alignas(64) uint8_t levels[kMaxSpan / 4 * kTiles * 64];
+  const uint8_t* tile = tile_at(args, t0);
+  ChunkDecoder<kBits, kTiles> decoder(tables);
+  __m512 scale[kTiles];
+  for (int64_t s = 0; s < q.num_spans; ++s) {
+    const int64_t first = s * chunks_per_span;
+    const int64_t end = first + chunks_per_span < layout.num_chunks ? first + chunks_per_span : layout.num_chunks;
+    if (s % spans_per_group == 0) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        scale[j] =
+            load_scales(tile + j * layout.tile_bytes + layout.scale, s / spans_per_group, args.format.scale_type);
+      }
+    }
+    for (int64_t n = first; n < end; ++n) {
+      // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
+      const uint8_t* ahead = tile + layout.codes + (n + chunks_per_span) * layout.chunk_bytes;
+#pragma GCC unroll 2
+      for (int j = 0; j < kTiles; ++j) {
+        for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + j * layout.tile_bytes + line), _MM_HINT_T0);
+        }
+      }
+      uint8_t* to = levels + (n - first) * (layout.chunk / 4) * kTiles * 64;
+      decoder.decode(tile + layout.codes + n * layout.chunk_bytes, layout.tile_bytes, int(layout.chunk_bytes / 64),
+                     args.keep[n], [&](int t, int, const __m512i* w) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+                       for (int j = 0; j < kTiles; ++j) _mm512_store_si512(to + (t * kTiles + j) * 64, w[j]);
+                     });
+    }
+    const int64_t width = (end - first) * layout.chunk, steps = width / 4;
+    const int8_t* x = q.x + first * layout.chunk * args.M * kPlanes;
+    full(args, levels, s, x, steps, 0, full_panels, scale, y);
+    if (rest > 0) {
+      const int64_t m0 = full_panels * q.panel;
+      last(args, levels, s, x + m0 * kPlanes * width, steps, m0, 1, scale, y);
+    }
+  }
+  for (int j = 0; j < kTiles; ++j) {
+    for (int64_t m = 0; m < args.M; ++m) {
+      store_tile(args, t0 + j, tile + j * layout.tile_bytes, m, _mm512_load_ps(y + (j * args.M + m) * kTileLanes));
+    }
+  }
+}
+
+template <int kBits, int kPlanes, int kTokens>
+static void few_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end) {
+  int64_t t = begin;
+  for (; t + 2 <= end; t += 2) few_tokens<kBits, kPlanes, kTokens, 2>(args, tables, t);
+  if (t < end) few_tokens<kBits, kPlanes, kTokens, 1>(args, tables, t);
+}
+
+template <int kBits, int kPlanes, int... kBefore>
+static void few_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end,
+                      std::integer_sequence<int, kBefore...>) {
+  using Kernel = void (*)(const LinearArgs&, const LevelTables&, int64_t, int64_t);
+  static constexpr Kernel kKernels[] = {few_tiles<kBits, kPlanes, kBefore + 1>...};
+  kKernels[args.M - 1](args, tables, begin, end);
+}
+
+template <int kBits, int kPlanes>
+static void int8_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end, float* scratch) {
+  constexpr int kFew = kPanelSums / kPlanes;
+  if (args.M <= kFew) {
+    return few_tiles<kBits, kPlanes>(args, tables, begin, end, std::make_integer_sequence<int, kFew>());
+  }
+  const int64_t tile_floats = args.M * kTileLanes;
+  for (int64_t first = begin; first < end; first += kStripTiles) {
+    const int64_t last = first + kStripTiles < end ? first + kStripTiles : end;
+    // Chunk by chunk of tokens over all tiles: the chunk's columns of x stay in L2.
+    for (int64_t m = 0; m < args.M; m += args.q.lanes) {
+      for (int64_t t = first; t < last; ++t) {
+        outlier_sums(args, tile_at(args, t), m, scratch + (t - first) * tile_floats + m * kTileLanes);
+      }
+    }
+    int64_t t = first;
+    for (; t + 2 <= last; t += 2) {
+      many_tokens<kBits, kPlanes, 2>(args, tables, t, scratch + (t - first) * tile_floats);
+    }
+    if (t < last) many_tokens<kBits, kPlanes, 1>(args, tables, t, scratch + (t - first) * tile_floats);
+  }
+}
+
+static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end, float* scratch) {
+  LevelTables tables;
+  make_tables(args, &tables);
+  using Kernel = void (*)(const LinearArgs&, const LevelTables&, int64_t, int64_t, float*);
+  static constexpr Kernel kKernels[2][2] = {{int8_tiles<3, 1>, int8_tiles<3, 2>}, {int8_tiles<4, 1>, int8_tiles<4, 2>}};
+  kKernels[args.format.bits - 3][args.q.planes - 1](args, tables, begin, end, scratch);
+}
+
+}  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
