@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of x as whole numbers, in the order in which the kernels of linear_int8_avx512-inl.h eat them.
 //
-//   Round      per span (columns of one group, at most kMaxSpan) to 8 bits, peak = 127, or to 16 bits, peak = 32512:
-//              v = high * kRadix + low, both in 8 bits. The integer v is the same on every instruction set.
+//   Round      per span (columns of one group, at most kMaxSpan) to 8 bits, peak = 127, or to 16 bits, peak = 32512.
+//              The integer is the same on every instruction set. AVX-512 stores 16 bits as planes high * 256 + low;
+//              others store both modes as words, columns of a step in the order 0 2 1 3, but for one token in 8 bits.
 //   Order      QuantizedRows (kernels.h): step by step of format/interleave.h, tokens of a panel beside each other.
 //   Transpose  x itself as [chunk of tokens][K][lanes] float32: an outlier then needs one load for all tokens.
 //   A span with NaN or an infinity gets scale NaN and integers 0, so that its outputs are NaN.
@@ -17,17 +18,16 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-// 16 bits are two planes of 8. AVX2 changes the sign of `low`, so it must not be -128: a radix of 255 keeps it in
-// [-127, 127], and 127 * 255 + 127 = 127 * 256 = 32512 is the same largest value.
-#if defined(PRECAL_INT8_AVX512)
-constexpr int32_t kRadix = 256;
-#else
-constexpr int32_t kRadix = 255;
-#endif
 constexpr float kPeak8 = 127.0f, kPeak16 = 32512.0f;
 constexpr float kSmallestPeak = 1e-33f;  // below, a span counts as zero: its scale would be denormal
 
-// Where the bytes of token m of span s lie: step t of plane p at `x + t * stride + 4 * p`.
+PRECAL_INLINE float span_scale(bool strange, float peak, float top) {
+  return strange ? std::numeric_limits<float>::quiet_NaN() : peak > kSmallestPeak ? peak / top : 0.0f;
+}
+
+#if defined(PRECAL_INT8_AVX512)
+
+// Where the bytes of token m of a span lie: step t of plane p at `x + t * stride + 4 * p`.
 struct TokenPlace {
   int8_t* x;
   int64_t stride;
@@ -38,12 +38,6 @@ PRECAL_INLINE TokenPlace token_place(const LinearArgs& args, int64_t m, int64_t 
   const int64_t m0 = m / q.panel * q.panel, left = args.M - m0, tokens = left < q.panel ? left : q.panel;
   return {q.x + first * args.M * q.planes + m0 * q.planes * width + (m - m0) * q.planes * 4, tokens * q.planes * 4};
 }
-
-PRECAL_INLINE float span_scale(bool strange, float peak, float top) {
-  return strange ? std::numeric_limits<float>::quiet_NaN() : peak > kSmallestPeak ? peak / top : 0.0f;
-}
-
-#if defined(PRECAL_INT8_AVX512)
 
 PRECAL_FORCE_INLINE __m512 load16(const void* x, DType dtype, int64_t index, __mmask16 mask) {
   if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + index);
@@ -182,6 +176,16 @@ static void transpose_activations(const LinearArgs& args, int64_t begin, int64_t
 
 #else
 
+// One token in 8 bits on AVX2: bytes, as with AVX-512.
+PRECAL_INLINE bool one_byte_plane(const LinearArgs& args) {
+#if defined(__AVX2__)
+  return args.M * args.q.planes == 1;
+#else
+  (void)args;
+  return false;
+#endif
+}
+
 static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t end) {
   const QuantizedRows& q = args.q;
   const int64_t K = args.format.K, chunk = args.layout.chunk, steps = chunk / 4;
@@ -209,17 +213,20 @@ static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t 
       for (int64_t i = 0; i < width; ++i) {
         rounded[i] = usable ? int32_t((values[i] * inverse + kRound) - kRound) : 0;
       }
-      const TokenPlace place = token_place(args, m, first, width);
-      for (int p = 0; p < q.planes; ++p) {
-        int8_t* to = place.x + 4 * p;
-        for (int64_t c = 0; c < width; c += chunk, to += steps * place.stride) {
-          for (int64_t t = 0; t < steps; ++t) {
-            for (int64_t j = 0; j < 4; ++j) {
-              const int32_t v = rounded[c + j * steps + t];
-              const int32_t high = (v + (v < 0 ? -kRadix / 2 : kRadix / 2)) / kRadix;
-              to[t * place.stride + j] = int8_t(q.planes == 1 ? v : p == 0 ? high : v - high * kRadix);
-            }
-          }
+      if (one_byte_plane(args)) {
+        for (int64_t i = 0; i < width; ++i)
+          q.x[first + i] = int8_t(rounded[i / chunk * chunk + i % 4 * steps + i % chunk / 4]);
+        continue;
+      }
+      const int64_t m0 = m / q.panel * q.panel, left = args.M - m0, tokens = left < q.panel ? left : q.panel;
+      int16_t* to = reinterpret_cast<int16_t*>(q.x) + first * args.M + m0 * width + (m - m0) * 4;
+      for (int64_t c = 0; c < width; c += chunk) {
+        const int32_t* from = rounded + c;
+        for (int64_t t = 0; t < steps; ++t, to += tokens * 4) {
+          to[0] = int16_t(from[t]);
+          to[1] = int16_t(from[2 * steps + t]);
+          to[2] = int16_t(from[steps + t]);
+          to[3] = int16_t(from[3 * steps + t]);
         }
       }
     }

@@ -108,11 +108,11 @@ struct DequantizeArgs {
 // panels of tokens that share a load of decoded weights.
 constexpr int64_t kMaxSpan = 128;
 struct QuantizedRows {
-  int planes;    // 1: 8 bits; 2: 16 bits, high * radix + low
+  int planes;    // bytes of an integer: 1 or 2
   int64_t span;  // columns of a span, a multiple of the chunk; divides the group size
   int64_t num_spans;
   int64_t panel;      // tokens of a panel; the last one may have fewer
-  int8_t* x;          // [span][panel][step][token of the panel][plane][4 columns of a step] (format/interleave.h)
+  int8_t* x;          // [span][panel][step][token of the panel][...4 columns of a step] (activations-inl.h)
   int32_t* start;     // [span][M][planes]: -128 * the sum of x
   float* scale;       // [span][M]
   int64_t lanes;      // 1 (M = 1), 4, 8 or 16: tokens that outliers are added for together
@@ -169,7 +169,7 @@ struct KernelTable {
                             float* scratch);  // 64-byte aligned
   void (*quantize_activations)(const LinearArgs&, int64_t row_begin, int64_t row_end);
   void (*transpose_activations)(const LinearArgs&, int64_t piece_begin, int64_t piece_end);
-  int panel_sums;  // tokens of a panel times planes
+  int panel_tokens[2];  // of a panel, with 8 and 16 bits
 };
 
 extern const KernelTable k_scalar_kernels;

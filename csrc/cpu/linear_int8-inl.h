@@ -2,10 +2,11 @@
 // y = x @ W'^T + bias with integer dot products: what linear_int8_avx512-inl.h computes, with AVX2 or scalar code. The
 // integers are the same, so results differ by the roundings of a fused multiply-add at most.
 //
-//   Dots   AVX2: vpmaddubsw saturates with level + 128, so |level| times x with the level's sign: at most
-//          2 * 127 * 127 = 32258 a pair. Then vpmaddwd by ones: 4 instructions per 32 products, and |level| once.
-//   Work   a thread owns tiles of 16 rows. One sum (token x plane): levels go straight from registers into the dots.
-//          More: a span of a tile is decoded once into L1, and panels of 4 sums run over it.
+//   Dots   levels and activations as 16-bit words, vpmaddwd: 2 instructions per 16 products in both modes. One token in
+//          8 bits: vpmaddubsw would saturate with level + 128, so |level| times x with the level's sign, at most
+//          2 * 127 * 127 = 32258 a pair; no words to make, 5 instructions per 32 products against 7.
+//   Work   a thread owns tiles of 16 rows. One token in 8 bits: levels go straight from registers into the dots.
+//          Else a span of a tile is decoded once into L1, and panels of 4 tokens run over it.
 //   Order  as with AVX-512, the same for every M.
 #pragma once
 
@@ -19,9 +20,9 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kTileLanes = format::kTileRows;
-constexpr int kPanelSums = 4;  // tokens of a panel times planes; with two halves of a tile 8 sums in registers
+constexpr int kPanel8 = 4, kPanel16 = 4;  // tokens of a panel: with two halves of a tile 8 sums in registers
 
-// The four steps of y = y + value * x; as simd.h, scalar code rounds twice.
+// As fma() of simd.h: scalar code rounds twice.
 PRECAL_INLINE float fma1(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -34,6 +35,18 @@ PRECAL_INLINE const uint8_t* tile_at(const LinearArgs& args, int64_t t) {
   return args.prepacked + format::kPrepackedTilesOffset + t * args.layout.tile_bytes;
 }
 
+// U * value of every outlier code.
+static const float* outlier_values() {
+  struct Table {
+    float of[256];
+    Table() {
+      for (int code = 0; code < 256; ++code) of[code] = format::kOutlierUnit * format::e4m3_to_float(uint8_t(code));
+    }
+  };
+  static const Table table;
+  return table.of;
+}
+
 // y [tokens][16] of the tokens m0 .. m0 + lanes - 1 that there are: sum over blocks of U * value * x[index].
 template <int kTokens>
 static void outliers_of_tokens(const LinearArgs& args, const uint8_t* tile, int64_t m0, float* y) {
@@ -41,17 +54,22 @@ static void outliers_of_tokens(const LinearArgs& args, const uint8_t* tile, int6
   const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
   const float* x = args.q.transposed + m0 * f.K;
   float sums[kTileLanes][kTokens] = {};
+  const float* value_of = outlier_values();
   const uint8_t *values = tile + args.layout.outlier_value, *indices = tile + args.layout.outlier_index;
+  // The blocks of outlier_blocks.h, without its divisions.
+  int64_t begin = 0, segment_end = blocks.segment;
   for (int64_t b = 0; b < blocks.num_blocks; ++b) {
-    const int64_t begin = format::block_begin(blocks, b), width = format::block_end(blocks, b) - begin;
+    const int64_t width = segment_end - begin < format::kBlock ? segment_end - begin : format::kBlock;
     for (int64_t i = 0; i < f.c; ++i, values += kTileLanes, indices += kTileLanes) {
       for (int64_t r = 0; r < kTileLanes; ++r) {
         if (indices[r] >= width) continue;
-        const float value = format::kOutlierUnit * format::e4m3_to_float(values[r]);
+        const float value = value_of[values[r]];
         const float* from = x + (begin + indices[r]) * kTokens;
         for (int m = 0; m < kTokens; ++m) sums[r][m] = fma1(value, from[m], sums[r][m]);
       }
     }
+    begin += width;
+    if (begin == segment_end) segment_end += blocks.segment;
   }
   for (int64_t m = 0; m < kTokens && m0 + m < args.M; ++m) {
     for (int64_t r = 0; r < kTileLanes; ++r) y[m * kTileLanes + r] = sums[r][m];
@@ -72,62 +90,72 @@ static void outlier_sums(const LinearArgs& args, const uint8_t* tile, int64_t m0
   }
 }
 
-// y = fma(float(sum) * x_scale, scale, y) for one token; sums [planes][16].
-PRECAL_INLINE void add_span(const int32_t* sums, int planes, float x_scale, F32 scale, float* y) {
-  float total[kTileLanes];
-  for (int64_t r = 0; r < kTileLanes; ++r) {
-    total[r] = float(planes == 2 ? sums[r] * kRadix + sums[kTileLanes + r] : sums[r]);
-  }
-  store(y, fma(mul(load(total), splat(x_scale)), scale, load(y)));
+// y = fma(float(sum) * x_scale, scale, y) for one token.
+PRECAL_INLINE void add_span(const int32_t* sums, float x_scale, F32 scale, float* y) {
+#if defined(__AVX2__)
+  const auto half = [&](int64_t r) {
+    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + r)));
+  };
+  const F32 total = {half(0), half(8)};
+#else
+  float lanes[kTileLanes];
+  for (int64_t r = 0; r < kTileLanes; ++r) lanes[r] = float(sums[r]);
+  const F32 total = load(lanes);
+#endif
+  store(y, fma(mul(total, splat(x_scale)), scale, load(y)));
 }
 
 #if defined(__AVX2__)
 
-struct Halves {
-  __m256i half[2];
-};
+PRECAL_INLINE void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-PRECAL_INLINE __m256i dot(__m256i sum, __m256i levels, __m256i magnitude, const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  const __m256i with_sign = _mm256_sign_epi8(_mm256_set1_epi32(four), levels);
-  const __m256i pairs = _mm256_maddubs_epi16(magnitude, with_sign);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+PRECAL_INLINE __m256i broadcast_dword(const void* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
 }
 
-// sums [kSums][16] of one panel over decoded levels [step][64]
-template <int kSums>
-static void panel_sums(const int8_t* levels, const int8_t* x, int64_t steps, int32_t* sums) {
-  Halves acc[kSums];
+// Words [step][half][columns 0 and 2, columns 1 and 3][16]
+template <int kBits>
+static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, int16_t* levels) {
+  decoder->decode<kBits>(codes, registers, keep, [&](int t, int half, __m256i w) __attribute__((always_inline)) {
+    store256(levels + t * 64 + half * 32, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+    store256(levels + t * 64 + half * 32 + 16, _mm256_srai_epi16(w, 8));
+  });
+}
+
+// sums [kTokens][16] of one panel over a decoded span
+template <int kTokens>
+static void panel_sums(const int16_t* levels, const int16_t* x, int64_t steps, int32_t* sums) {
+  __m256i acc[kTokens][2];
 #pragma GCC unroll 4
-  for (int i = 0; i < kSums; ++i) acc[i] = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
+  for (int i = 0; i < kTokens; ++i) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
   for (int64_t t = 0; t < steps; ++t) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const __m256i w = ChunkDecoder::load256(levels + t * 64 + h * 32), magnitude = _mm256_abs_epi8(w);
+      const __m256i even = ChunkDecoder::load256(levels + h * 32), odd = ChunkDecoder::load256(levels + h * 32 + 16);
 #pragma GCC unroll 4
-      for (int i = 0; i < kSums; ++i) acc[i].half[h] = dot(acc[i].half[h], w, magnitude, x + (t * kSums + i) * 4);
+      for (int i = 0; i < kTokens; ++i) {
+        const __m256i a = _mm256_madd_epi16(even, broadcast_dword(x + i * 4));
+        const __m256i b = _mm256_madd_epi16(odd, broadcast_dword(x + i * 4 + 2));
+        acc[i][h] = _mm256_add_epi32(acc[i][h], _mm256_add_epi32(a, b));
+      }
     }
+    levels += 64;
+    x += kTokens * 4;
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kSums; ++i) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + i * kTileLanes), acc[i].half[0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + i * kTileLanes + 8), acc[i].half[1]);
+  for (int i = 0; i < kTokens; ++i) {
+    store256(sums + i * kTileLanes, acc[i][0]);
+    store256(sums + i * kTileLanes + 8, acc[i][1]);
   }
-}
-
-template <int kBits>
-static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, int8_t* levels) {
-  decoder->decode<kBits>(codes, registers, keep, [&](int t, int half, __m256i w) __attribute__((always_inline)) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(levels + t * 64 + half * 32), w);
-  });
 }
 
 // One token in 8 bits: a span straight from the codes.
 template <int kBits>
 static void one_sum(const LinearArgs& args, ChunkDecoder* decoder, const uint8_t* codes, int64_t first, int64_t end,
                     const int8_t* x, int32_t* sums) {
-  Halves acc = {{_mm256_setzero_si256(), _mm256_setzero_si256()}};
+  __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int64_t n = first; n < end; ++n, x += args.layout.chunk) {
     const uint8_t* chunk = codes + n * args.layout.chunk_bytes;
     for (int64_t line = 0; line < args.layout.chunk_bytes; line += 64) {
@@ -135,36 +163,45 @@ static void one_sum(const LinearArgs& args, ChunkDecoder* decoder, const uint8_t
     }
     decoder->decode<kBits>(chunk, int(args.layout.chunk_bytes / 64), args.keep[n],
                            [&](int t, int half, __m256i w) __attribute__((always_inline)) {
-                             acc.half[half] = dot(acc.half[half], w, _mm256_abs_epi8(w), x + t * 4);
+                             const __m256i with_sign = _mm256_sign_epi8(broadcast_dword(x + t * 4), w);
+                             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), with_sign);
+                             const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                             acc[half] = _mm256_add_epi32(acc[half], fours);
                            });
   }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), acc.half[0]);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8), acc.half[1]);
+  store256(sums, acc[0]);
+  store256(sums + 8, acc[1]);
 }
 
 #else
 
-template <int kSums>
-static void panel_sums(const int8_t* levels, const int8_t* x, int64_t steps, int32_t* sums) {
-  for (int64_t i = 0; i < kSums * kTileLanes; ++i) sums[i] = 0;
-  for (int64_t t = 0; t < steps; ++t) {
-    for (int i = 0; i < kSums; ++i) {
-      for (int64_t b = 0; b < 4 * kTileLanes; ++b) {
-        sums[i * kTileLanes + b / 4] += levels[t * 64 + b] * x[(t * kSums + i) * 4 + b % 4];
+template <int kBits>
+static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, int16_t* levels) {
+  const int steps = registers * 8 / kBits;
+  int8_t bytes[16 * 64];
+  decoder->decode<kBits>(codes, registers, keep, bytes);
+  for (int64_t i = 0; i < steps * 64; ++i) {
+    const int64_t row = i / 4 % kTileLanes, column = i % 4;
+    levels[i / 64 * 64 + row / 8 * 32 + column % 2 * 16 + row % 8 * 2 + column / 2] = bytes[i];
+  }
+}
+
+template <int kTokens>
+static void panel_sums(const int16_t* levels, const int16_t* x, int64_t steps, int32_t* sums) {
+  for (int64_t i = 0; i < kTokens * kTileLanes; ++i) sums[i] = 0;
+  for (int64_t t = 0; t < steps; ++t, levels += 64, x += kTokens * 4) {
+    for (int i = 0; i < kTokens; ++i) {
+      for (int64_t l = 0; l < 64; ++l) {
+        sums[i * kTileLanes + l / 32 * 8 + l % 16 / 2] += levels[l] * x[i * 4 + l / 16 % 2 * 2 + l % 2];
       }
     }
   }
 }
 
-template <int kBits>
-static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, int8_t* levels) {
-  decoder->decode<kBits>(codes, registers, keep, levels);
-}
-
 #endif
 
-static void sums_of_panel(int width, const int8_t* levels, const int8_t* x, int64_t steps, int32_t* sums) {
-  switch (width) {
+static void sums_of_panel(int64_t tokens, const int16_t* levels, const int16_t* x, int64_t steps, int32_t* sums) {
+  switch (tokens) {
     case 1: return panel_sums<1>(levels, x, steps, sums);
     case 2: return panel_sums<2>(levels, x, steps, sums);
     case 3: return panel_sums<3>(levels, x, steps, sums);
@@ -178,8 +215,8 @@ static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t
   const QuantizedRows& q = args.q;
   const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
   const uint8_t *tile = tile_at(args, t), *codes = tile + layout.codes;
-  alignas(64) int8_t levels[kMaxSpan * kTileLanes];
-  int32_t sums[kPanelSums * kTileLanes];
+  alignas(64) int16_t levels[kMaxSpan * kTileLanes];
+  int32_t sums[kPanel16 * kTileLanes];
   ChunkDecoder decoder(tables);
   float lanes[kTileLanes];
   F32 scale = splat(0.0f);
@@ -194,24 +231,30 @@ static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t
       scale = load(lanes);
     }
     const int64_t width = (end - first) * layout.chunk, steps = width / 4;
-    const int8_t* x = q.x + first * layout.chunk * args.M * q.planes;
 #if defined(__AVX2__)
-    if (args.M * q.planes == 1) {
-      one_sum<kBits>(args, &decoder, codes, first, end, x, sums);
-      add_span(sums, 1, q.scale[s], scale, y);
+    if (one_byte_plane(args)) {
+      one_sum<kBits>(args, &decoder, codes, first, end, q.x + first * layout.chunk, sums);
+      add_span(sums, q.scale[s], scale, y);
       continue;
     }
 #endif
     for (int64_t n = first; n < end; ++n) {
+#if defined(__AVX2__)
+      // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
+      const uint8_t* ahead = codes + (n + chunks_per_span) * layout.chunk_bytes;
+      for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
+      }
+#endif
       decode_to<kBits>(&decoder, codes + n * layout.chunk_bytes, int(layout.chunk_bytes / 64), args.keep[n],
                        levels + (n - first) * layout.chunk * kTileLanes);
     }
+    const int16_t* x = reinterpret_cast<const int16_t*>(q.x) + first * layout.chunk * args.M;
     for (int64_t m0 = 0; m0 < args.M; m0 += q.panel) {
       const int64_t tokens = args.M - m0 < q.panel ? args.M - m0 : q.panel;
-      sums_of_panel(int(tokens * q.planes), levels, x + m0 * q.planes * width, steps, sums);
+      sums_of_panel(tokens, levels, x + m0 * width, steps, sums);
       for (int64_t m = 0; m < tokens; ++m) {
-        add_span(sums + m * q.planes * kTileLanes, q.planes, q.scale[s * args.M + m0 + m], scale,
-                 y + (m0 + m) * kTileLanes);
+        add_span(sums + m * kTileLanes, q.scale[s * args.M + m0 + m], scale, y + (m0 + m) * kTileLanes);
       }
     }
   }

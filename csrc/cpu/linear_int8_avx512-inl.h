@@ -18,6 +18,7 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kPrefetch = 2048;  // bytes of codes ahead
 constexpr int kPanelSums = 8;        // tokens of a panel times planes; with two tiles 16 sums in registers
+constexpr int kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2;  // tokens of a panel
 
 PRECAL_FORCE_INLINE __m512i broadcast_dword(const void* p) {
   int32_t v;

@@ -98,7 +98,7 @@ struct IntegerRows {
       while (f.group_size % q.span != 0) q.span /= 2;
     }
     q.num_spans = ceil_div(f.K, q.span);
-    q.panel = kernels().panel_sums / planes;
+    q.panel = kernels().panel_tokens[planes - 1];
 
     int64_t bytes = 0;
     const auto place = [&bytes](int64_t size) {
@@ -106,7 +106,8 @@ struct IntegerRows {
       bytes += round_up(size, int64_t(AlignedBuffer::kAlignment));
       return at;
     };
-    const int64_t x = place(M * planes * t.num_chunks * t.chunk), start = place(M * planes * q.num_spans * 4),
+    // Two bytes an integer: some kernels keep 8 bits as words.
+    const int64_t x = place(M * 2 * t.num_chunks * t.chunk), start = place(M * planes * q.num_spans * 4),
                   scale = place(M * q.num_spans * 4), keep = place(t.num_chunks * 4);
     const int64_t transposed = f.c > 0 ? place(round_up(M, 16) * f.K * 4) : 0;
     memory = AlignedBuffer(bytes);

@@ -13,9 +13,19 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 static constexpr KernelTable make_table(const char* name) {
-  return {name,        soft_threshold,  magnitude_digit, histogram,         quantize_rows,        pack_rows,
-          unpack_rows, dequantize_rows, linear_tiles,    linear_int8_tiles, quantize_activations, transpose_activations,
-          kPanelSums};
+  return {name,
+          soft_threshold,
+          magnitude_digit,
+          histogram,
+          quantize_rows,
+          pack_rows,
+          unpack_rows,
+          dequantize_rows,
+          linear_tiles,
+          linear_int8_tiles,
+          quantize_activations,
+          transpose_activations,
+          {kPanel8, kPanel16}};
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
