@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fuzz_ops
@@ -143,6 +147,31 @@ def test_threads_of_c_change_no_byte(case: str) -> None:
             assert _C.get_num_threads() == count
             results.append([a.tobytes() for a in as_tuple(getattr(_C, name)(*map(to_numpy, arguments)))])
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    w = to_numpy(W300)
+    with forced_threads(3):
+        want = _C.soft_threshold(w, 1e-4).tobytes()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if _C.soft_threshold(w, 1e-4).tobytes() == want else 1)
+        end = time.monotonic() + 60
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.01)
+        if done == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert done == (child, 0)
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    w = to_numpy(W300)
+    with forced_threads(3):
+        want = _C.soft_threshold(w, 1e-4).tobytes()
+        with ThreadPoolExecutor(4) as callers:
+            assert set(callers.map(lambda _: _C.soft_threshold(w, 1e-4).tobytes(), range(200))) == {want}
 
 
 def test_numpy_arrays_need_no_alignment() -> None:
