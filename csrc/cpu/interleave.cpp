@@ -43,13 +43,13 @@ uint32_t eight_codes(uint32_t pairs0, uint32_t pairs1, uint32_t b) {
 }  // namespace
 
 void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t* words, int64_t first_row,
-                     uint8_t* codes) {
+                     int64_t first_chunk, uint8_t* codes) {
   const int64_t rows = std::min(kTileRows, f.N - first_row), row_bytes = format::num_words(f) * 4;
   const int64_t lane_bytes = t.chunk * f.bits / 32;  // canonical bytes of one byte lane of a chunk
   uint8_t padded[4 * 32];                            // a row's chunk: at most 64 codes of 4 bits
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* row = reinterpret_cast<const uint8_t*>(words + (first_row + r) * format::num_words(f));
-    for (int64_t n = 0; n < t.num_chunks; ++n) {
+    for (int64_t n = first_chunk; n < t.num_chunks; ++n) {
       const int64_t at = n * 4 * lane_bytes;
       const uint8_t* from = row + at;
       if (at + 4 * lane_bytes > row_bytes) {

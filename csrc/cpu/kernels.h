@@ -167,6 +167,9 @@ struct KernelTable {
   // With integer activations; codes in chunks.
   void (*linear_int8_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end,
                             float* scratch);  // 64-byte aligned
+  // The first chunks of 16 rows of codes, as many as this ISA does at once; returns how many.
+  int64_t (*interleave_rows)(const format::WeightFormat&, const format::TileLayout&, const uint32_t* rows,
+                             uint8_t* codes);
   void (*quantize_activations)(const LinearArgs&, int64_t row_begin, int64_t row_end);
   void (*transpose_activations)(const LinearArgs&, int64_t piece_begin, int64_t piece_end);
   int panel_tokens[2];  // of a panel, with 8 and 16 bits

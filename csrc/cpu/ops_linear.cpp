@@ -170,11 +170,20 @@ Status Prepack::run(const TensorView* out) const {
   parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* tile = data + format::kPrepackedTilesOffset + i * t.tile_bytes;
-      std::memset(tile, 0, size_t(t.tile_bytes));
-      for (const Section& s : list) {
-        rows_to_lanes(static_cast<const uint8_t*>(s.rows), tile + s.offset, i * kTileRows, f.N, s.count, s.bytes);
+      const int64_t row = i * kTileRows;
+      const bool whole = row + kTileRows <= f.N;
+      std::memset(tile, 0, size_t(t.codes));
+      const uint32_t* words = weight.packed.as<uint32_t>();
+      int64_t chunks = 0;
+      if (t.chunk > 0 && whole) {
+        chunks = kernels().interleave_rows(f, t, words + row * format::num_words(f), tile + t.codes);
       }
-      if (t.chunk > 0) words_to_chunks(f, t, weight.packed.as<uint32_t>(), i * kTileRows, tile + t.codes);
+      const int64_t written = chunks * t.chunk_bytes;
+      std::memset(tile + t.codes + written, 0, size_t(t.tile_bytes - t.codes - written));
+      for (const Section& s : list) {
+        rows_to_lanes(static_cast<const uint8_t*>(s.rows), tile + s.offset, row, f.N, s.count, s.bytes);
+      }
+      if (t.chunk > 0) words_to_chunks(f, t, words, row, chunks, tile + t.codes);
     }
   });
   return {};

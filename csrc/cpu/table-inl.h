@@ -4,6 +4,7 @@
 
 #include "cpu/dequantize-inl.h"
 #include "cpu/histogram-inl.h"
+#include "cpu/interleave-inl.h"
 #include "cpu/linear-inl.h"
 #include "cpu/linear_int8-inl.h"
 #include "cpu/pack-inl.h"
@@ -23,6 +24,7 @@ static constexpr KernelTable make_table(const char* name) {
           dequantize_rows,
           linear_tiles,
           linear_int8_tiles,
+          interleave_rows,
           quantize_activations,
           transpose_activations,
           {kPanel8, kPanel16}};
