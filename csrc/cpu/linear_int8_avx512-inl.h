@@ -40,29 +40,52 @@ PRECAL_INLINE const uint8_t* tile_at(const LinearArgs& args, int64_t t) {
   return args.prepacked + format::kPrepackedTilesOffset + t * args.layout.tile_bytes;
 }
 
-// y * row_scale + bias, rounded to y's type.
-PRECAL_FORCE_INLINE void store_tile(const LinearArgs& args, int64_t t, const uint8_t* tile, int64_t m, __m512 y) {
-  const __mmask16 rows = first_lanes(args.format.N - t * kTileLanes);
-  const __m512i codes = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
-  y = _mm512_mul_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(codes, 16)));
-  if (args.bias != nullptr) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(rows, args.bias + t * kTileLanes));
-  const int64_t at = m * args.y_stride + t * kTileLanes;
-  if (args.y_dtype == DType::kFloat32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(args.y) + at, rows, y);
-  } else if (args.y_dtype == DType::kFloat16) {
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + at, rows,
-                             _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  } else {
-    // float_to_bf16(): nearest even, NaN stays quiet. vcvtneps2bf16 would flush denormals.
-    const __m512i bits = _mm512_castps_si512(y), one = _mm512_set1_epi32(1);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + at, rows,
-                             _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+// What stands before the codes of a tile: scales and outliers. Tiles are too far apart for the hardware to guess.
+PRECAL_FORCE_INLINE void prefetch_head(const LinearArgs& args, int64_t t) {
+  if (t >= args.layout.num_tiles) return;
+  const uint8_t* tile = tile_at(args, t);
+  for (int64_t line = 0; line < args.layout.codes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(tile + line), _MM_HINT_T0);
   }
 }
+
+// y * row_scale + bias of 16 rows, rounded to y's type.
+struct TileOutput {
+  __mmask16 rows;
+  __m512 row_scale, bias;
+  DType dtype;
+  uint8_t* to;
+  int64_t stride;  // bytes from token to token
+
+  PRECAL_FORCE_INLINE TileOutput(const LinearArgs& args, int64_t t)
+      : rows(first_lanes(args.format.N - t * kTileLanes)), dtype(args.y_dtype) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile_at(args, t)));
+    row_scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16));
+    // y + (-0) is y, whatever y.
+    bias = args.bias != nullptr ? _mm512_maskz_loadu_ps(rows, args.bias + t * kTileLanes) : _mm512_set1_ps(-0.0f);
+    const int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+    to = static_cast<uint8_t*>(args.y) + t * kTileLanes * bytes;
+    stride = args.y_stride * bytes;
+  }
+
+  PRECAL_FORCE_INLINE void store(int64_t m, __m512 y) const {
+    y = _mm512_add_ps(_mm512_mul_ps(y, row_scale), bias);
+    uint8_t* at = to + m * stride;
+    if (dtype == DType::kFloat32) {
+      _mm512_mask_storeu_ps(at, rows, y);
+    } else if (dtype == DType::kFloat16) {
+      _mm256_mask_storeu_epi16(at, rows, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    } else {
+      // float_to_bf16(): nearest even, NaN stays quiet. vcvtneps2bf16 would flush denormals.
+      const __m512i bits = _mm512_castps_si512(y), one = _mm512_set1_epi32(1);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+      __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+      const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+      rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+      _mm256_mask_storeu_epi16(at, rows, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+  }
+};
 
 // kTokens tokens and kTiles tiles, straight from the codes.
 template <int kBits, int kPlanes, int kTokens, int kTiles>
@@ -79,6 +102,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
   const uint8_t* codes = tile + layout.codes;
   const int8_t* x = q.x;
   ChunkDecoder<kBits, kTiles> decoder(tables);
+  for (int64_t j = 0; j < kTiles; ++j) prefetch_head(args, t0 + kTiles + j);
   __m512 y[kTiles][kTokens], scale[kTiles];
   alignas(64) float outliers[kTokens * kTileLanes];
 #pragma GCC unroll 2
@@ -149,9 +173,11 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
       }
     }
   }
-  for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kTiles; ++j) store_tile(args, t0 + j, tile + j * layout.tile_bytes, m, y[j][m]);
+  for (int j = 0; j < kTiles; ++j) {
+    const TileOutput output(args, t0 + j);
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) output.store(m, y[j][m]);
   }
 }
 
@@ -266,9 +292,8 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
     }
   }
   for (int j = 0; j < kTiles; ++j) {
-    for (int64_t m = 0; m < args.M; ++m) {
-      store_tile(args, t0 + j, tile + j * layout.tile_bytes, m, _mm512_load_ps(y + (j * args.M + m) * kTileLanes));
-    }
+    const TileOutput output(args, t0 + j);
+    for (int64_t m = 0; m < args.M; ++m) output.store(m, _mm512_load_ps(y + (j * args.M + m) * kTileLanes));
   }
 }
 
@@ -299,6 +324,7 @@ static void int8_tiles(const LinearArgs& args, const LevelTables& tables, int64_
     // Chunk by chunk of tokens over all tiles: the chunk's columns of x stay in L2.
     for (int64_t m = 0; m < args.M; m += args.q.lanes) {
       for (int64_t t = first; t < last; ++t) {
+        prefetch_head(args, t + 1);
         outlier_sums(args, tile_at(args, t), m, scratch + (t - first) * tile_floats + m * kTileLanes);
       }
     }
