@@ -47,6 +47,7 @@ from precal_ext import convert, staging  # noqa: E402
 from precal_ext.checkpoint import ShardWriter  # noqa: E402
 from precal_ext.cli import size_of  # noqa: E402
 from precal_ext.config import QuantizeConfig  # noqa: E402
+from precal_ext.plan import BYTES_PER_ELEMENT, plan_quantization  # noqa: E402
 
 SETTINGS = {"bits": 4}
 
@@ -297,7 +298,7 @@ class Calls:
         # With transformers in the parent no child has to start another process to ask it.
         import transformers  # noqa: F401
 
-        convert.plan_quantization(model, self.out)
+        plan_quantization(model, self.out)
         require(forked(self.quantize) == 0, "the undisturbed run must end well")
         self.expected = digests(self.out)
         shutil.rmtree(self.out.parent)
@@ -412,15 +413,13 @@ def campaign(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str,
     for kind in CALLS:
         yield kind, small.every_call(kind, arguments.every)
     yield "RLIMIT_FSIZE", small.file_sizes(arguments.interrupts, chance)
-    needed = sum(convert.plan_quantization(small.model, small.out, small.config).writer(small.out).sizes.values())
+    needed = sum(plan_quantization(small.model, small.out, small.config).writer(small.out).sizes.values())
     yield "full tmpfs", small.full_disks(arguments.interrupts, chance, needed)
 
     model = make_model(folder / "model", arguments.size, arguments.seed)
     figures = undisturbed(model, folder / "expected" / "out")
-    largest = max(
-        job.info.nbytes // job.info.dtype.itemsize for job in convert.plan_quantization(model, folder / "x").jobs
-    )
-    bound = convert.BYTES_PER_ELEMENT * largest + 400_000_000
+    largest = max(job.info.nbytes // job.info.dtype.itemsize for job in plan_quantization(model, folder / "x").jobs)
+    bound = BYTES_PER_ELEMENT * largest + 400_000_000
     size = sum(p.stat().st_size for p in model.glob("*.safetensors"))
     yield "undisturbed", {**figures, "model_bytes": size, "largest_tensor": largest, "bound_bytes": bound}
     require(

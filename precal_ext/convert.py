@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from precal_ext import _C, pipeline
-from precal_ext._version import __version__
+from precal_ext import pipeline
 from precal_ext.checkpoint import (
     MAX_SHARD_BYTES,
     CheckpointError,
@@ -25,37 +22,32 @@ from precal_ext.checkpoint import (
     TensorInfo,
     copy_other_files,
     read_chunks,
-    read_config,
-    read_index,
-    read_rows,
-    read_tensor,
     weight_files,
     write_file,
 )
 from precal_ext.config import QuantizeConfig
 from precal_ext.digest import sha256
-from precal_ext.foreign import quantized_by
 from precal_ext.measure import measure
-from precal_ext.qtensor import QTensor, WeightSpec
-from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
+from precal_ext.plan import EXPERTS_NOTE, Job, Plan, plan_quantization, what_is_copied
+from precal_ext.qtensor import QTensor
+from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight
 from precal_ext.report import REPORT_NAME, Entry, Report
-from precal_ext.select import (
-    Decision,
-    LinearModules,
-    decide,
-    find_linears,
-    is_expert,
-    keep_sets_of,
-    model_format,
-)
-from precal_ext.staging import Work, fingerprint, read_journal
+from precal_ext.select import Decision, is_expert, model_format
+from precal_ext.staging import Work, fingerprint
+from precal_ext.weights import check_finite, read_sample, read_weight
 
-EXPERTS_NOTE = "expert weight, not quantized yet"
-QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# What all tensors under way may take: bytes per element of the largest, whatever their dtype.
-BYTES_PER_ELEMENT = 8
-_ROWS_AT_ONCE = 1 << 20  # weights that are looked at or converted together
+# A caller that plans and runs needs this module alone.
+__all__ = [
+    "EXPERTS_NOTE",
+    "Plan",
+    "Progress",
+    "entry",
+    "load_lines",
+    "model_card",
+    "plan_quantization",
+    "quantize_checkpoint",
+    "run_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -71,144 +63,6 @@ class Progress:
     bytes_done: int
     bytes_total: int
     bytes_before: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What happens to one tensor of the model."""
-
-    info: TensorInfo
-    decision: Decision | None  # None: not a linear weight
-    spec: WeightSpec | None  # None: copied
-
-    @property
-    def module(self) -> str:
-        return self.info.name.removesuffix(".weight")
-
-    @property
-    def outputs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of the tensors that take its place."""
-        if self.spec is None:
-            return {self.info.name: (self.info.dtype, self.info.shape)}
-        return {f"{self.module}.{key}": value for key, value in self.spec.tensors().items()}
-
-    @property
-    def nbytes_out(self) -> int:
-        return self.info.nbytes if self.spec is None else self.spec.stored_bits() // 8
-
-    @property
-    def memory(self) -> int:
-        """Bytes that it takes from before it is read until it is written: the weight, its codes, the result."""
-        if self.spec is None:
-            return 0  # copied in small pieces
-        held = min(4, self.info.dtype.itemsize) + 1 + self.spec.split
-        return held * self.spec.N * self.spec.K + self.nbytes_out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is decided before the first weight is read."""
-
-    model: Path
-    out: Path
-    config: QuantizeConfig
-    model_config: Mapping[str, Any]
-    found: LinearModules
-    decisions: Sequence[Decision]
-    jobs: Sequence[Job]
-    max_shard_bytes: int
-    known: Mapping[str, Any] = field(repr=False)  # fingerprint of the model
-
-    @property
-    def header(self) -> dict[str, Any]:
-        """What must be the same for an unfinished run to be continued."""
-        return {
-            "version": __version__,
-            "format_version": _C.FORMAT_VERSION,
-            "settings": self.config.to_dict(),
-            "max_shard_size": self.max_shard_bytes,
-            "model": dict(self.known),
-        }
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest tensor."""
-        return max(math.prod(job.info.shape) for job in self.jobs)
-
-    @property
-    def memory_limit(self) -> int:
-        """Bytes of all weights under way."""
-        return BYTES_PER_ELEMENT * self.largest
-
-    def writer(self, folder: Path) -> ShardWriter:
-        outputs = {name: value for job in self.jobs for name, value in job.outputs.items()}
-        elements = sum(math.prod(job.info.shape) for job in self.jobs)
-        return ShardWriter(folder, outputs, self.max_shard_bytes, elements)
-
-    def recorded(self) -> int:
-        """Tensors that an unfinished run of this plan says it has finished."""
-        before, records = read_journal(self.out)
-        same = before is not None and all(before.get(k) == v for k, v in _as_json(self.header).items())
-        return len({record.get("tensor") for record in records}) if same else 0
-
-
-def plan_quantization(
-    model: str | Path,
-    out: str | Path,
-    config: QuantizeConfig | None = None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Plan:
-    """Decide what ``quantize_checkpoint`` does, from headers and names alone; writes nothing.
-
-    Raises:
-        CheckpointError: the input or output cannot be used.  SelectionError: it is unclear what to quantize.
-    """
-    config = config or QuantizeConfig()
-    model, out = Path(model), Path(out)
-    if not model.is_dir():
-        raise CheckpointError(
-            f"{model}: must be a model directory, got {'a file' if model.exists() else 'nothing there'}"
-        )
-    resolved_out, resolved_model = out.resolve(), model.resolve()
-    if resolved_out == resolved_model or resolved_model in resolved_out.parents:
-        raise CheckpointError(f"{out}: must lie outside the model's directory, got a path inside {model}")
-    if resolved_out in resolved_model.parents:
-        raise CheckpointError(f"{out}: must not contain the model, got a parent of {model}")
-    model_config = read_config(model)
-    existing = model_config.get("quantization_config")
-    if existing:
-        method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
-        raise CheckpointError(f"{model}: must not be quantized yet, got a model quantized by {method!r}")
-    index = read_index(model)
-    foreign = quantized_by(index)
-    if foreign is not None:
-        raise CheckpointError(f"{model}: must not be quantized yet, got {foreign[1]}, a tensor of {foreign[0]}")
-    plan = Plan(
-        model, out, config, model_config, _NOTHING, (), (), max_shard_bytes, fingerprint(model, weight_files(model))
-    )
-    before, _ = read_journal(out)
-    if before is not None and "linears" in before and plan.recorded():
-        found = LinearModules.from_dict(before["linears"])  # asked once, when the run was begun
-    else:
-        found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
-    decisions = decide(found.names, config, found.heads, found.tied, _model_type(model_config))
-    jobs = _plan(index, {d.module: d for d in decisions}, config)
-    if config.skip_nonfinite:
-        decisions = keep_sets_of(decisions, _nonfinite(jobs))
-        jobs = _plan(index, {d.module: d for d in decisions}, config)
-    if not any(job.spec for job in jobs):
-        raise CheckpointError(
-            f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
-        )
-    return dataclasses.replace(plan, found=found, decisions=decisions, jobs=jobs)
-
-
-_NOTHING = LinearModules((), frozenset(), frozenset(), frozenset(), {}, "")
-
-
-def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(data)))
 
 
 def quantize_checkpoint(
@@ -303,24 +157,6 @@ def _check_room(plan: Plan, work: Work) -> None:
         )
 
 
-def _plan(index: Mapping[str, TensorInfo], decisions: Mapping[str, Decision], config: QuantizeConfig) -> list[Job]:
-    jobs = []
-    for info in index.values():
-        decision = decisions.get(info.name.removesuffix(".weight")) if info.name.endswith(".weight") else None
-        spec = None
-        if decision is not None and decision.quantized:
-            if info.dtype not in QUANTIZABLE:
-                raise CheckpointError(
-                    f"{info.file}: {info.name} must be float32, float16, bfloat16 or float64, got {info.dtype}; "
-                    "start from the model in its original precision, or leave it out with --exclude"
-                )
-            if 0 in info.shape:
-                raise CheckpointError(f"{info.file}: {info.name} must have elements, got shape {list(info.shape)}")
-            spec = WeightSpec.from_config(info.shape[0], info.shape[1], config.for_module(decision.module))
-        jobs.append(Job(info, decision, spec))
-    return jobs
-
-
 def _run(
     plan: Plan, work: Work, writer: ShardWriter, progress: Callable[[Progress], None] | None
 ) -> tuple[list[Entry], dict[str, str]]:
@@ -341,8 +177,8 @@ def _run(
             return None
         fitted = first[_set_of(job)] is job and not plan.config.for_module(job.module).uniform
         members = sets[job.decision.fusion_set] if fitted else []
-        samples = [_sample(member.info, max(1, SAMPLE // len(members))) for member in members]
-        return _read_weight(job.info), samples
+        samples = [read_sample(member.info, max(1, SAMPLE // len(members))) for member in members]
+        return read_weight(job.info), samples
 
     def compute(job: Job, given: tuple[Tensor, list[Tensor]] | None) -> QTensor | None:
         nonlocal done
@@ -352,12 +188,12 @@ def _run(
             entries[job.info.name] = Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info))
         else:
             w, samples = given
-            _check_finite(job.info, w)
+            check_finite(job.info, w)
             settings, name = plan.config.for_module(job.module), job.decision.fusion_set
             if name not in grids:
                 for member, sample in zip(sets[name], samples, strict=False):
                     if not bool(torch.isfinite(sample).all()):
-                        _check_finite(member.info, _read_weight(member.info))
+                        check_finite(member.info, read_weight(member.info))
                 grids[name] = fit_set_grid(samples, settings) if samples else None
                 samples.clear()
             q = quantize_weight(w, settings, grids[name])
@@ -424,19 +260,6 @@ def _has_digest(info: TensorInfo, expected: str) -> bool:
     return digest.hexdigest() == expected
 
 
-def what_is_copied(job: Job) -> tuple[str, str]:
-    """Action and reason of a tensor that is not quantized."""
-    if job.decision is not None:
-        return "keep", job.decision.reason
-    if is_expert(job.info.name):
-        return "keep", EXPERTS_NOTE
-    return "copy", "not a linear weight"
-
-
-def _model_type(model_config: Mapping[str, Any]) -> str:
-    return str(model_config.get("model_type") or "")
-
-
 def entry(decision: Decision, settings: QuantizeConfig, w: Tensor, q: QTensor, dtype: str) -> Entry:
     """The report's line for a quantized weight."""
     return Entry(
@@ -455,65 +278,6 @@ def entry(decision: Decision, settings: QuantizeConfig, w: Tensor, q: QTensor, d
         },
         measure(w, q),
     )
-
-
-def _sample(info: TensorInfo, limit: int) -> Tensor:
-    """``sample_rows`` of a weight of which only those rows are read."""
-    N, K = info.shape
-    rows = sample_rows(torch.arange(N)[:, None].expand(N, K), limit)[:, 0]
-    w = read_rows(info, rows.tolist())
-    return w.float() if w.dtype == torch.float64 else w
-
-
-def _pieces(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    N, K = info.shape
-    step = max(1, _ROWS_AT_ONCE // K)
-    return ((begin, min(N, begin + step)) for begin in range(0, N, step))
-
-
-def _read_weight(info: TensorInfo) -> Tensor:
-    if info.dtype != torch.float64:
-        return read_tensor(info)
-    w = torch.empty(info.shape, dtype=torch.float32)
-    for begin, end in _pieces(info):
-        w[begin:end] = read_rows(info, range(begin, end))
-    return w
-
-
-def first_nonfinite(w: Tensor) -> tuple[int, int] | None:
-    """Row and column of the first NaN or infinity of a matrix."""
-    finite = torch.isfinite(w)
-    if bool(finite.all()):
-        return None
-    n, k = (~finite).nonzero()[0].tolist()
-    return n, k
-
-
-def _check_finite(info: TensorInfo, w: Tensor) -> None:
-    for begin, end in _pieces(info):
-        found = first_nonfinite(w[begin:end])
-        if found is not None:
-            n, k = begin + found[0], found[1]
-            raise CheckpointError(
-                f"{info.file}: {info.name} must be finite, got {w[n, k].item()} at [{n}, {k}]; the model is damaged, "
-                "or leave the tensor as it is with --skip-nonfinite or --exclude"
-            )
-
-
-def _nonfinite(jobs: Sequence[Job]) -> dict[str, str]:
-    """Modules whose weight cannot be quantized -> why. Reads all of them once."""
-    found = {}
-    for job in jobs:
-        if job.spec is None:
-            continue
-        for begin, end in _pieces(job.info):
-            rows = read_rows(job.info, range(begin, end))
-            place = first_nonfinite(rows)
-            if place is not None:
-                n, k = place
-                found[job.module] = f"holds {rows[n, k].item()} at [{begin + n}, {k}]"
-                break
-    return found
 
 
 def _dtype(info: TensorInfo) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from precal_ext.checkpoint import read_chunks
-from precal_ext.convert import Job, Plan, what_is_copied
 from precal_ext.measure import measure
 from precal_ext.pipeline import DEPTH
+from precal_ext.plan import Job, Plan, what_is_copied
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight
 
 # Scratch of the ops and of the figures, which work on about a million weights at a time, and what malloc keeps.

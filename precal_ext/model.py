@@ -22,12 +22,13 @@ from precal_ext.checkpoint import (
     read_tensor,
 )
 from precal_ext.config import ModelFormat, QuantizeConfig, variants
-from precal_ext.convert import entry, first_nonfinite
+from precal_ext.convert import entry
 from precal_ext.linear import PrecalLinear
 from precal_ext.qtensor import WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
 from precal_ext.report import Entry, Report
 from precal_ext.select import Decision, SelectionError, decide, is_linear, keep_sets_of, model_format
+from precal_ext.weights import first_nonfinite
 
 FORMAT_ATTRIBUTE = "precal_format"
 

@@ -50,6 +50,8 @@ ORDER = [
     "staging",
     "pipeline",
     "report",
+    "weights",
+    "plan",
     "convert",
     "estimate",
     "linear",

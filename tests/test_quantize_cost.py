@@ -15,8 +15,8 @@ from models import Run, digests, environment, stored_tensors
 
 from precal_ext import quantize_checkpoint
 from precal_ext.checkpoint import INDEX_NAME, ShardWriter
-from precal_ext.convert import BYTES_PER_ELEMENT, plan_quantization
 from precal_ext.estimate import estimate
+from precal_ext.plan import BYTES_PER_ELEMENT, plan_quantization
 
 pytest_plugins = ["package_fixtures"]
 

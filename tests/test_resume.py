@@ -163,7 +163,7 @@ def test_a_continued_run_does_not_ask_for_the_linears_again(
     def never(*arguments: object) -> None:
         pytest.fail("asked again")
 
-    monkeypatch.setattr("precal_ext.convert.find_linears", never)
+    monkeypatch.setattr("precal_ext.plan.find_linears", never)
     plan = plan_quantization(tiny, tmp_path / "out", CONFIG)
     assert (plan.found, plan.jobs) == (expected.found, expected.jobs)
 
@@ -201,7 +201,7 @@ def test_other_settings_are_named(tiny: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CheckpointError, match="the same max_shard_size, got 4096 after 50000000000"):
         quantize_checkpoint(tiny, tmp_path / "out", CONFIG, max_shard_bytes=4096)
     with monkeypatch.context() as patched:
-        patched.setattr("precal_ext.convert.__version__", "9.9")
+        patched.setattr("precal_ext.plan.__version__", "9.9")
         with pytest.raises(CheckpointError, match=r"the same version, got '9\.9'"):
             quantize_checkpoint(tiny, tmp_path / "out", CONFIG)
     assert digests(tmp_path) == before

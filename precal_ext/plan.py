@@ -1,0 +1,223 @@
+"""What is to be done to a model, decided from headers and names before the first weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from precal_ext import _C
+from precal_ext._version import __version__
+from precal_ext.checkpoint import (
+    MAX_SHARD_BYTES,
+    CheckpointError,
+    ShardWriter,
+    TensorInfo,
+    read_config,
+    read_index,
+    read_rows,
+    weight_files,
+)
+from precal_ext.config import QuantizeConfig
+from precal_ext.foreign import quantized_by
+from precal_ext.qtensor import WeightSpec
+from precal_ext.select import Decision, LinearModules, decide, find_linears, is_expert, keep_sets_of
+from precal_ext.staging import fingerprint, read_journal
+from precal_ext.weights import first_nonfinite, pieces
+
+EXPERTS_NOTE = "expert weight, not quantized yet"
+QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# What all tensors under way may take: bytes per element of the largest, whatever their dtype.
+BYTES_PER_ELEMENT = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What happens to one tensor of the model."""
+
+    info: TensorInfo
+    decision: Decision | None  # None: not a linear weight
+    spec: WeightSpec | None  # None: copied
+
+    @property
+    def module(self) -> str:
+        return self.info.name.removesuffix(".weight")
+
+    @property
+    def outputs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of the tensors that take its place."""
+        if self.spec is None:
+            return {self.info.name: (self.info.dtype, self.info.shape)}
+        return {f"{self.module}.{key}": value for key, value in self.spec.tensors().items()}
+
+    @property
+    def nbytes_out(self) -> int:
+        return self.info.nbytes if self.spec is None else self.spec.stored_bits() // 8
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes from before it is read until it is written: the weight, its codes, the result."""
+        if self.spec is None:
+            return 0  # copied in small pieces
+        held = min(4, self.info.dtype.itemsize) + 1 + self.spec.split
+        return held * self.spec.N * self.spec.K + self.nbytes_out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first weight is read."""
+
+    model: Path
+    out: Path
+    config: QuantizeConfig
+    model_config: Mapping[str, Any]
+    found: LinearModules
+    decisions: Sequence[Decision]
+    jobs: Sequence[Job]
+    max_shard_bytes: int
+    known: Mapping[str, Any] = field(repr=False)  # fingerprint of the model
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What must be the same for an unfinished run to be continued."""
+        return {
+            "version": __version__,
+            "format_version": _C.FORMAT_VERSION,
+            "settings": self.config.to_dict(),
+            "max_shard_size": self.max_shard_bytes,
+            "model": dict(self.known),
+        }
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest tensor."""
+        return max(math.prod(job.info.shape) for job in self.jobs)
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes of all weights under way."""
+        return BYTES_PER_ELEMENT * self.largest
+
+    def writer(self, folder: Path) -> ShardWriter:
+        outputs = {name: value for job in self.jobs for name, value in job.outputs.items()}
+        elements = sum(math.prod(job.info.shape) for job in self.jobs)
+        return ShardWriter(folder, outputs, self.max_shard_bytes, elements)
+
+    def recorded(self) -> int:
+        """Tensors that an unfinished run of this plan says it has finished."""
+        before, records = read_journal(self.out)
+        same = before is not None and all(before.get(k) == v for k, v in _as_json(self.header).items())
+        return len({record.get("tensor") for record in records}) if same else 0
+
+
+def plan_quantization(
+    model: str | Path,
+    out: str | Path,
+    config: QuantizeConfig | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Plan:
+    """Decide what ``quantize_checkpoint`` does, from headers and names alone; writes nothing.
+
+    Raises:
+        CheckpointError: the input or output cannot be used.  SelectionError: it is unclear what to quantize.
+    """
+    config = config or QuantizeConfig()
+    model, out = Path(model), Path(out)
+    if not model.is_dir():
+        raise CheckpointError(
+            f"{model}: must be a model directory, got {'a file' if model.exists() else 'nothing there'}"
+        )
+    resolved_out, resolved_model = out.resolve(), model.resolve()
+    if resolved_out == resolved_model or resolved_model in resolved_out.parents:
+        raise CheckpointError(f"{out}: must lie outside the model's directory, got a path inside {model}")
+    if resolved_out in resolved_model.parents:
+        raise CheckpointError(f"{out}: must not contain the model, got a parent of {model}")
+    model_config = read_config(model)
+    existing = model_config.get("quantization_config")
+    if existing:
+        method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
+        raise CheckpointError(f"{model}: must not be quantized yet, got a model quantized by {method!r}")
+    index = read_index(model)
+    foreign = quantized_by(index)
+    if foreign is not None:
+        raise CheckpointError(f"{model}: must not be quantized yet, got {foreign[1]}, a tensor of {foreign[0]}")
+    plan = Plan(
+        model, out, config, model_config, _NOTHING, (), (), max_shard_bytes, fingerprint(model, weight_files(model))
+    )
+    before, _ = read_journal(out)
+    if before is not None and "linears" in before and plan.recorded():
+        found = LinearModules.from_dict(before["linears"])  # asked once, when the run was begun
+    else:
+        found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
+    decisions = decide(found.names, config, found.heads, found.tied, _model_type(model_config))
+    jobs = _jobs(index, {d.module: d for d in decisions}, config)
+    if config.skip_nonfinite:
+        decisions = keep_sets_of(decisions, _nonfinite(jobs))
+        jobs = _jobs(index, {d.module: d for d in decisions}, config)
+    if not any(job.spec for job in jobs):
+        raise CheckpointError(
+            f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
+        )
+    return dataclasses.replace(plan, found=found, decisions=decisions, jobs=jobs)
+
+
+_NOTHING = LinearModules((), frozenset(), frozenset(), frozenset(), {}, "")
+
+
+def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(data)))
+
+
+def _jobs(index: Mapping[str, TensorInfo], decisions: Mapping[str, Decision], config: QuantizeConfig) -> list[Job]:
+    jobs = []
+    for info in index.values():
+        decision = decisions.get(info.name.removesuffix(".weight")) if info.name.endswith(".weight") else None
+        spec = None
+        if decision is not None and decision.quantized:
+            if info.dtype not in QUANTIZABLE:
+                raise CheckpointError(
+                    f"{info.file}: {info.name} must be float32, float16, bfloat16 or float64, got {info.dtype}; "
+                    "start from the model in its original precision, or leave it out with --exclude"
+                )
+            if 0 in info.shape:
+                raise CheckpointError(f"{info.file}: {info.name} must have elements, got shape {list(info.shape)}")
+            spec = WeightSpec.from_config(info.shape[0], info.shape[1], config.for_module(decision.module))
+        jobs.append(Job(info, decision, spec))
+    return jobs
+
+
+def _nonfinite(jobs: Sequence[Job]) -> dict[str, str]:
+    """Modules whose weight cannot be quantized -> why. Reads all of them once."""
+    found = {}
+    for job in jobs:
+        if job.spec is None:
+            continue
+        for begin, end in pieces(job.info):
+            rows = read_rows(job.info, range(begin, end))
+            place = first_nonfinite(rows)
+            if place is not None:
+                n, k = place
+                found[job.module] = f"holds {rows[n, k].item()} at [{begin + n}, {k}]"
+                break
+    return found
+
+
+def what_is_copied(job: Job) -> tuple[str, str]:
+    """Action and reason of a tensor that is not quantized."""
+    if job.decision is not None:
+        return "keep", job.decision.reason
+    if is_expert(job.info.name):
+        return "keep", EXPERTS_NOTE
+    return "copy", "not a linear weight"
+
+
+def _model_type(model_config: Mapping[str, Any]) -> str:
+    return str(model_config.get("model_type") or "")
