@@ -6,6 +6,7 @@ that is not installed is left out with a line that says so. bench/README.md tell
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from importlib import metadata
 from typing import Any
 
@@ -42,11 +43,11 @@ class Torch(Contender):
     def values(self, base: Any) -> Array:
         return np.asarray(base.float().numpy())
 
-    def pack(self, base: Any, order: Any, M: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def pack(self, base: Any, order: Any, M: int) -> Any: ...
 
-    def call(self, x: Any, packed: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def call(self, x: Any, packed: Any) -> Any: ...
 
     def packed_bytes(self) -> int:
         return int(self.weights.N * self.weights.K * self.bits / 8)

@@ -12,6 +12,7 @@ import re
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def bf16_values(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-class Contender:
+class Contender(ABC):
     """Keeps what it made of the weights of the last shape; `ready` is called for one M after another."""
 
     mode = "f32"
@@ -74,15 +75,15 @@ class Contender:
         self.weights = Weights(0, 1)
         self.made: dict[Any, Any] = {}
 
-    def versions(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def versions(self) -> str: ...
 
+    @abstractmethod
     def facts(self, settings: dict[str, Any]) -> dict[str, Any]:
         """bits, group_size, c, mode: of this contender, or of the cell it is asked for."""
-        raise NotImplementedError
 
-    def prepare(self, M: int, copies: int, settings: dict[str, Any]) -> Ready:
-        raise NotImplementedError
+    @abstractmethod
+    def prepare(self, M: int, copies: int, settings: dict[str, Any]) -> Ready: ...
 
     def ready(self, N: int, K: int, M: int, cold_bytes: int, settings: dict[str, Any]) -> Ready:
         if (self.weights.N, self.weights.K) != (N, K):
