@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fuzz_ops
+import fuzz_arguments
 import numpy as np
 import pytest
 import shapes
@@ -316,27 +316,27 @@ EMPTY_ROWS = shapes.random_weight(0, 5, 0, 4, 64)
             "soft_threshold: w must be a tensor that __dlpack__ hands over, got BufferError: Can't export tensors that",
         ),
         (
-            lambda: _C.soft_threshold(fuzz_ops.NoCapsule(), 0.0),
+            lambda: _C.soft_threshold(fuzz_arguments.NoCapsule(), 0.0),
             TypeError,
             "soft_threshold: w must be a tensor that __dlpack__ hands over, got ValueError: PyCapsule_GetPointer",
         ),
         (
-            lambda: _C.soft_threshold(fuzz_ops.Exported(W, shape=[-4, 10]), 0.0),
+            lambda: _C.soft_threshold(fuzz_arguments.Exported(W, shape=[-4, 10]), 0.0),
             ValueError,
             "soft_threshold: w must have sizes >= 0 of less than 2^60 elements in all",
         ),
         (
-            lambda: _C.soft_threshold(fuzz_ops.Exported(W, shape=[2**40, 2**40]), 0.0),
+            lambda: _C.soft_threshold(fuzz_arguments.Exported(W, shape=[2**40, 2**40]), 0.0),
             ValueError,
             "soft_threshold: w must have sizes >= 0 of less than 2^60 elements in all",
         ),
         (
-            lambda: _C.soft_threshold(fuzz_ops.Exported(W, ndim=-1), 0.0),
+            lambda: _C.soft_threshold(fuzz_arguments.Exported(W, ndim=-1), 0.0),
             ValueError,
             "soft_threshold: w must have at most 8 dimensions, got -1",
         ),
         (
-            lambda: _C.soft_threshold(fuzz_ops.Exported(W, data=None), 0.0),
+            lambda: _C.soft_threshold(fuzz_arguments.Exported(W, data=None), 0.0),
             ValueError,
             "soft_threshold: w must have data, got a null pointer",
         ),

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fuzz_arguments
 import fuzz_headers
 import fuzz_ops
 import pytest
@@ -27,7 +28,7 @@ def test_random_calls_of_every_op() -> None:
             fuzz_ops.run_case(call, SEED, index)
     finally:
         _C.set_num_threads(before)
-    for op in fuzz_ops.OPS:  # else the campaign calls less than it says
+    for op in fuzz_arguments.OPS:  # else the campaign calls less than it says
         assert call.done[f"{op} results"] >= 30, op
         assert call.done[f"{op} refused"] >= 15, op
 
@@ -70,7 +71,7 @@ def test_the_campaign_notices_bad_messages_and_refusals() -> None:
 
 def test_cases_are_the_same_every_time() -> None:
     assert fuzz_headers.make(1, 7) == fuzz_headers.make(1, 7) != fuzz_headers.make(2, 7)
-    a, b = (fuzz_ops.quantize_groups(fuzz_ops.Source(1, 7)) for _ in range(2))
+    a, b = (fuzz_arguments.quantize_groups(fuzz_arguments.Source(1, 7)) for _ in range(2))
     assert a["w"].tobytes() == b["w"].tobytes()
 
 
