@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import itertools
 import json
 import os
@@ -38,7 +37,7 @@ from typing import Any
 import numpy as np
 from cpu_peers import PEERS
 from cpu_worker import mode_argument
-from recipes import ROOT, facts
+from recipes import ROOT, commit, facts
 from rows import Results, Row
 
 from precal_ext import _C
@@ -323,21 +322,6 @@ def cold_megabytes() -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     last = max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=32 << 20)
     return 4 * last // (1 << 20) + 4
-
-
-@functools.cache
-def commit() -> str:
-    """Short hash of HEAD, with a + where tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,21 @@ def facts(script: str) -> dict[str, Any]:
         "isa": _C.cpu_isa(),
         "command": " ".join(["python", script, *sys.argv[1:]]),
     }
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of HEAD, with a + where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def cpu_name() -> str:

@@ -80,6 +80,11 @@ class Results:
 # ---- reading them ----------------------------------------------------------------------------------------------------
 
 
+def source(row: Row) -> str:
+    machine = f"{row['cpu']} ({row['isa']}), torch {row['torch']}, precal {row['precal']}"
+    return f"{row['date']}, {machine}; `{row['command'].strip()}`"
+
+
 def ours(row: Row) -> bool:
     """precal's own recipe; the published one and plain rounding, which precal also has, are beside the peers."""
     return str(row["format"]).startswith("precal g")

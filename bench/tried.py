@@ -16,22 +16,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from recipes import ROOT, SHARED, TEXTS, facts
+from recipes import ROOT, SHARED, cases, commit, facts
 from rows import Results, Row, add_arguments
 from torch import Tensor
 from tried_coder import PROXIES, Choice, quantize
+from tried_times import CELLS, ISAS, measured
 
 from precal_ext import _C, ops
 from precal_ext.config import QuantizeConfig
@@ -41,8 +39,6 @@ from precal_ext.measure import measure, outlier_mask
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.quantize import fit_set_grid, quantize_weight
 
-ISAS = ("avx512", "avx2", "scalar")
-MODES = ("f32", "a16", "a8")
 # W' and bits per weight of a named weight.
 Quantizer = Callable[[str, Tensor], tuple[Tensor, float]]
 
@@ -92,8 +88,7 @@ class Remembered:
 class Model:
     """A development model whose linear layers are quantized one by one; the head is left as it is."""
 
-    def __init__(self, name: str, limit: int) -> None:
-        folder = SHARED / "models" / name
+    def __init__(self, folder: Path, texts: list[Path], limit: int) -> None:
         self.reference = Remembered(load(folder)[0].float())
         self.model, tokenizer = load(folder)
         self.model.float()
@@ -101,7 +96,7 @@ class Model:
         modules = self.model.named_modules()
         self.linears = {n: m for n, m in modules if isinstance(m, torch.nn.Linear) and m is not head}
         self.weights = {n: m.weight.data.clone() for n, m in self.linears.items()}
-        self.windows = {text: read_windows(tokenizer, SHARED / "data" / text, 256, limit) for text in TEXTS[name]}
+        self.windows = {text.name: read_windows(tokenizer, text, 256, limit) for text in texts}
 
     def run(self, quantizer: Quantizer) -> Row:
         bits = power = noise = 0.0
@@ -138,7 +133,8 @@ class Bench:
 
     def model(self, name: str) -> Model:
         if name not in self.models:
-            self.models[name] = Model(name, self.limit)
+            ((_, folder, texts),) = cases([name])
+            self.models[name] = Model(folder, texts, self.limit)
         return self.models[name]
 
     def cell(self, name: str, on: str, bits: int, quantizer: Quantizer) -> Cell:
@@ -422,64 +418,6 @@ def row_grids(bench: Bench) -> Iterator[Cell]:
                 )
 
 
-# ---- times -----------------------------------------------------------------------------------------------------------
-
-LINEAR_M = (1, 4, 16, 64)
-
-
-def timed(isa: str, job: str, bits: int, quick: bool) -> list[Row]:
-    """Rows of a worker process, without their name."""
-    environment = {**os.environ, "PRECAL_ISA": isa, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", job, "--bits", str(bits), *(["--quick"] if quick else [])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"tried: the worker {job} for {isa} failed:\n{done.stderr}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def by_turns(calls: list[Callable[[], Any]], seconds: float, turns: int) -> list[float]:
-    """Lower quartile of the thread's CPU time of each call, in seconds."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end = time.monotonic() + seconds
-    while len(times[0]) < 5 or (len(times[0]) < turns and time.monotonic() < end):
-        for call, found in zip(calls, times, strict=True):
-            started = time.thread_time()
-            call()
-            found.append(time.thread_time() - started)
-    return [sorted(found)[len(found) // 4] for found in times]
-
-
-def worker(job: str, bits: int, quick: bool) -> None:
-    torch.set_num_threads(1)
-    scalar = _C.cpu_isa() == "scalar"
-    N, K = (16, 512) if quick else (128 if scalar else 2048, 4096)
-    seconds, turns = (0.0, 5) if quick else (1.0, 61)
-    w = gaussian(N, K)
-    pair = [QuantizeConfig(bits=bits, grid="constant", trellis=on) for on in (False, True)]
-    grids = [constant_grid(bits, 64, on) for on in (False, True)]
-    if job == "cost":
-        part = w[:128].contiguous()
-        calls = [functools.partial(ops.quantize_groups, part, grid, bits, 64, 1) for grid in grids]
-        plain, searched = by_turns(calls, 4 * seconds, turns)
-        ns = [1e9 * t / part.numel() for t in (plain, searched)]
-        print(json.dumps({"isa": _C.cpu_isa(), "plain_ns": ns[0], "trellis_ns": ns[1], "shape": list(part.shape)}))
-        return
-    weights = [quantize_weight(w, config, grid) for config, grid in zip(pair, grids, strict=True)]
-    prepacked = [q.prepack() for q in weights]
-    for mode in MODES:
-        for M in LINEAR_M:
-            x = torch.randn(M, K, generator=torch.Generator().manual_seed(M))
-            calls = [
-                functools.partial(ops.linear, x, p, None, *q.spec.op_arguments(), mode)
-                for p, q in zip(prepacked, weights, strict=True)
-            ]
-            plain, searched = by_turns(calls, seconds, turns)
-            row = {"isa": _C.cpu_isa(), "mode": mode, "M": M, "shape": [N, K]}
-            print(json.dumps({**row, "plain_us": 1e6 * plain, "trellis_us": 1e6 * searched, "ratio": searched / plain}))
-
-
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Bench], Iterator[Cell]]] = {
@@ -497,42 +435,26 @@ PARTS: dict[str, Callable[[Bench], Iterator[Cell]]] = {
 }
 
 
-def commit() -> str:
-    """The commit of the checkout, with a + where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=60, help="windows of 256 tokens per text")
     parser.add_argument("--rows", type=int, default=128, help="of the Gaussian matrix, which has 2048 columns")
     parser.add_argument("--quick", action="store_true", help="times of few calls on small shapes: a test, no figures")
-    parser.add_argument("--worker", choices=("linear", "cost"), help=argparse.SUPPRESS)
-    parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
     add_arguments(parser, ROOT / "bench" / "results" / "tried.jsonl")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    if args.worker:
-        return worker(args.worker, args.bits, args.quick)
+    made_at = commit()  # before the first row is written
     results = Results(args, ("format", "on", "bits"))
-    made = {"commit": commit()}
 
     def key_of(name: str, on: str, bits: int) -> Row:
         return {"format": name, "source": "precal", "on": on, "bits": bits}
 
     def put(key: Row, row: Row) -> None:
-        results.put({**key, **facts("bench/tried.py"), **made, **row})
+        results.put({**key, **facts("bench/tried.py"), "commit": made_at, **row})
         figures = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
         klds = " ".join(f"{v:.5f}" for v in row.get("kld_nats", {}).values())
-        print(f"{key['format']:40}{key['on']:18}{key['bits']} bits  {', '.join(figures)} {klds}", flush=True)
+        print(f"{key['format']:48}{key['on']:18}{key['bits']} bits  {', '.join(figures)} {klds}", flush=True)
 
     bench = Bench(args.limit, args.rows)
     absent = not (SHARED / "models").is_dir()
@@ -548,16 +470,15 @@ def main() -> None:
     supported = _C.build_info()["supported_isas"].split(",")
     for isa in ISAS:
         for bits in (4, 3):
-            for job in ("linear", "cost"):
+            for job, cells in CELLS.items():
                 name = f"{job}: {isa}"
-                keys = [key_of(name, f"{m}, M = {M}", bits) for m in MODES for M in LINEAR_M]
-                keys = keys if job == "linear" else [key_of(name, "one core", bits)]
+                keys = [key_of(name, cell, bits) for cell in cells]
                 if not results.wants(*keys):
                     continue
                 if isa not in supported:
                     print(f"{name}: this machine does not have {isa}", file=sys.stderr)
                     continue
-                for key, row in zip(keys, timed(isa, job, bits, args.quick), strict=True):
+                for key, row in zip(keys, measured(isa, job, bits, args.quick), strict=True):
                     put(key, row)
 
 
