@@ -27,8 +27,8 @@ TORCH = """\
 SQNR in dB of Gaussian weights, groups of 64, no outliers, by a quantizer in plain torch (`bench/tried_coder.py`); in
 parentheses the distance from what precal does, which is bold:"""
 MODELS = """\
-On models, by precal's own quantizer but for `importance`, which needs the torch one. KLD in nats per token (llama-6m:
-books / python), in parentheses the ratio to what precal does:"""
+On models: bits, SQNR, and KLD in nats per token (llama-6m: books / python, standard errors about 3 %), in parentheses
+its ratio to what precal does. By precal's own quantizer, but for `importance`, which needs the torch one:"""
 UNUSED = """\
 Outlier entries that a soft threshold lam leaves unused, with constant grids. `least objective`: of seven values of lam
 for a weight, which leave it none to all of its entries, the one with the least |W - W'|^2 / |W|^2 + mu * KL, mu = 0.03
@@ -37,7 +37,13 @@ entries of a weight, wherever the largest are, and only those are counted; sayin
 
 
 def sources(data: list[Row]) -> str:
-    return "; ".join(dict.fromkeys(f"{source(r)}, commit {r['commit']}" for r in data)) + "."
+    """Where the rows come from; instruction sets of one run together."""
+    runs: dict[str, list[str]] = {}
+    for row in data:
+        isas = runs.setdefault(f"{source({**row, 'isa': 'ISAS'})}, commit {row['commit']}", [])
+        if row["isa"] not in isas:
+            isas.append(row["isa"])
+    return "; ".join(run.replace("ISAS", ", ".join(isas)) for run, isas in runs.items()) + "."
 
 
 def fit_table(data: list[Row]) -> str:
@@ -81,10 +87,6 @@ def in_part(data: list[Row], *parts: str) -> list[Row]:
 
 def find(data: list[Row], name: str, on: str, bits: int) -> Row | None:
     return next((r for r in data if (r["format"], r["on"], r["bits"]) == (name, on, bits)), None)
-
-
-def klds(row: Row) -> str:
-    return " / ".join(f"{v:.4f} +/- {row['kld_stderr'][text]:.4f}" for text, v in row["kld_nats"].items())
 
 
 def trellis_table(data: list[Row]) -> str:
@@ -179,44 +181,40 @@ def tried_tables(data: list[Row]) -> str:
             else:
                 away = row["sqnr_db"] - base["sqnr_db"]
                 cells.append(f"{row['sqnr_db']:.2f}" + (f" ({away:+.2f})" if row is not base else ""))
-        lines.append(f"| {bold(name)} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        MODELS,
-        "",
-        "| | on | bits | SQNR dB | KLD |",
-        "|---|---|---|---|---|",
-    ]
+        lines.append(f"| {bold(name, name == f'{part}: {OURS[part]}')} | " + " | ".join(cells) + " |")
     others = [r for r in data if part_of(r) in OURS and part_of(r) not in ON_GAUSSIAN]
-    for row in others:
-        base = find(data, f"{part_of(row)}: {OURS[part_of(row)]}", row["on"], row["bits"])
-        lines.append(model_line(bold(row["format"]), row, base))
-    lines += [
-        "",
-        UNUSED,
-        "",
-        "| | on | bits | SQNR dB | KLD | entries used |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in in_part(data, "threshold"):
-        variant = variant_of(row)
-        base_name = max((k for k in THRESHOLDS if variant.startswith(k)), key=len)
-        base = find(data, f"threshold: {THRESHOLDS[base_name]}", row["on"], row["bits"])
-        name = f"**{variant}**" if row is base else variant
-        lines.append(model_line(name, row, base) + f" {row['entries_used']:.0%} |")
-    return "\n".join([*lines, "", sources(shown + others + in_part(data, "threshold"))])
+    lines += ["", MODELS, "", *model_table(others, {r["format"]: f"{part_of(r)}: {OURS[part_of(r)]}" for r in others})]
+    unused = in_part(data, "threshold")
+    bases = {}
+    for row in unused:
+        begins = max((k for k in THRESHOLDS if variant_of(row).startswith(k)), key=len)
+        bases[row["format"]] = f"threshold: {THRESHOLDS[begins]}"
+    lines += ["", UNUSED, "", *model_table(unused, bases)]
+    return "\n".join([*lines, "", sources(shown + others + unused)])
 
 
-def bold(name: str) -> str:
+def bold(name: str, ours: bool) -> str:
     part, variant = name.split(": ", 1)
-    return f"{part}: **{variant}**" if OURS[part] == variant else name
+    return f"{part}: **{variant}**" if ours else name
 
 
-def model_line(name: str, row: Row, base: Row | None) -> str:
-    loss = "-"
+def model_table(data: list[Row], bases: dict[str, str]) -> list[str]:
+    """A line for every variant and model; ``bases`` has what each variant is compared with."""
+    lines = ["| | on | 4 bits | 3 bits |", "|---|---|---|---|"]
+    for name, on in dict.fromkeys((r["format"], r["on"]) for r in data):
+        cells = []
+        for bits in (4, 3):
+            row, base = find(data, name, on, bits), find(data, bases[name], on, bits)
+            cells.append("-" if row is None else model_cell(row, base))
+        lines.append(f"| {bold(name, name == bases[name])} | {on} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def model_cell(row: Row, base: Row | None) -> str:
+    text = f"{row['bits_per_weight']:.3f}: {row['sqnr_db']:.2f} dB"
     if "kld_nats" in row:
-        loss = klds(row)
+        text += ", " + " / ".join(f"{v:.4f}" for v in row["kld_nats"].values())
         if base is not None and row is not base:
-            ratios = (v / base["kld_nats"][text] for text, v in row["kld_nats"].items())
-            loss += f" ({' / '.join(f'{ratio:.2f}' for ratio in ratios)})"
-    return f"| {name} | {row['on']} | {row['bits_per_weight']:.3f} | {row['sqnr_db']:.2f} | {loss} |"
+            ratios = (v / base["kld_nats"][key] for key, v in row["kld_nats"].items())
+            text += f" ({' / '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    return text + (f", {row['entries_used']:.0%} used" if "entries_used" in row else "")

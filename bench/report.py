@@ -16,8 +16,9 @@ import re
 import sys
 from pathlib import Path
 
+from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
-from rows import Row, in_panel, ours, panels
+from rows import Row, in_panel, ours, panels, source
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -42,11 +43,6 @@ def bits(row: Row) -> float:
     return float(row["published_bits_per_weight"] or row["bits_per_weight"])
 
 
-def source(row: Row) -> str:
-    machine = f"{row['cpu']} ({row['isa']}), torch {row['torch']}, precal {row['precal']}"
-    return f"{row['date']}, {machine}; `{row['command'].strip()}`"
-
-
 def results_page(data: list[Row]) -> str:
     lines = [
         "# Loss against bits",
@@ -58,7 +54,7 @@ def results_page(data: list[Row]) -> str:
         "KLD: mean KL divergence of the next-token distribution from the full-precision model's, in nats per",
         "token, +/- one standard error over windows of 256 tokens. Bits: per quantized weight, everything stored",
         "counted; for `paper` the published count (an ideal position list), in parentheses what is stored here (a",
-        "bitmap). The models are tiny: K is 64 to 768, so outliers (24 bits a block) and row scales (16 bits a",
+        "bitmap). The models are tiny: K is 64 to 768, so outliers (16 bits a block) and row scales (16 bits a",
         "row) weigh more than in a large model.",
     ]
     for model in dict.fromkeys(r["model"] for r in data):
@@ -123,30 +119,6 @@ def readme_table(data: list[Row]) -> str:
         "",
         "![KLD against bits per weight, beside other packages](docs/quality.png)",
     ]
-    return "\n".join(lines)
-
-
-def fit_table(data: list[Row]) -> str:
-    columns = list(dict.fromkeys((r["model"], r["bits"]) for r in data))
-    lines = [
-        "KLD (nats per token) and SQNR of the default setting with other fits:",
-        "",
-        "| fit | " + " | ".join(f"{m}, {b} bits" for m, b in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for setting in dict.fromkeys(json.dumps(r["setting"], sort_keys=True) for r in data):
-        cells = []
-        for model, width in columns:
-            r = next(
-                r
-                for r in data
-                if (r["model"], r["bits"]) == (model, width) and json.dumps(r["setting"], sort_keys=True) == setting
-            )
-            cells.append(f"{r['kld_nats']:.4f} +/- {r['kld_stderr']:.4f}, {r['sqnr_db']:.2f} dB")
-        fields: Row = json.loads(setting)
-        name = "constant grid" if "grid" in fields else f"{fields.get('fit_rounds', 1)} round(s), mu = {fields['mu']:g}"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", f"{source(data[0])}."]
     return "\n".join(lines)
 
 
@@ -376,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    recipes, fits = rows("recipes.jsonl"), rows("fit.jsonl")
+    recipes, fits, tried = rows("recipes.jsonl"), rows("fit.jsonl"), rows("tried.jsonl")
     quality, sqnr = rows("quality.jsonl"), rows("sqnr.jsonl")
     speed, quoted = rows("cpu.jsonl"), rows("cpu_quoted.jsonl")
     docs = ROOT / "docs"
@@ -390,8 +362,13 @@ def main() -> None:
         wanted[docs / "quality.md"] = quality_page(quality)
     if sqnr:
         wanted[docs / "sqnr.md"] = sqnr_page(sqnr)
+    text = method.read_text(encoding="utf-8")
     if fits:
-        wanted[method] = replace(method.read_text(encoding="utf-8"), "fit", fit_table(fits))
+        text = replace(text, "fit", fit_table(fits))
+    if tried:
+        for name, table in (("trellis", trellis_table), ("cost", cost_table), ("tried", tried_tables)):
+            text = replace(text, name, table(tried))
+    wanted[method] = text
     wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:
