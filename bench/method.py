@@ -154,12 +154,12 @@ def cost_table(data: list[Row]) -> str:
         *(f"| {r['isa']} | {r['bits']} | {r['plain_ns']:.1f} | {r['trellis_ns']:.1f} |" for r in search),
         "",
     ]
-    shapes = {r["isa"]: r["shape"] for r in found}
-    shown = ", ".join(f"{n} x {k} ({isa})" for isa, (n, k) in shapes.items())
-    note = (
-        f"Weights {shown}, groups of 64, c = 1; one thread, CPU time, by turns, the lower quartile of up to 61 calls."
-    )
-    return "\n".join([*lines, note, "", sources(found + search)])
+    shapes: dict[str, list[str]] = {}
+    for r in found:
+        shapes.setdefault(" x ".join(map(str, r["shape"])), []).append(r["isa"])
+    shown = "; ".join(f"{shape} ({', '.join(dict.fromkeys(isas))})" for shape, isas in shapes.items())
+    lines += [f"Weights {shown}; groups of 64, c = 1; one thread, CPU time, by turns, the least of up to 61 calls."]
+    return "\n".join([*lines, "", sources(found + search)])
 
 
 def tried_tables(data: list[Row]) -> str:
