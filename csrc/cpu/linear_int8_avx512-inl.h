@@ -291,9 +291,11 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
       last(args, levels, s, x + m0 * kPlanes * width, steps, m0, 1, scale, y);
     }
   }
-  for (int j = 0; j < kTiles; ++j) {
-    const TileOutput output(args, t0 + j);
-    for (int64_t m = 0; m < args.M; ++m) output.store(m, _mm512_load_ps(y + (j * args.M + m) * kTileLanes));
+  // Token by token: two tiles are one cache line of 16-bit outputs.
+  const TileOutput output[2] = {{args, t0}, {args, t0 + kTiles - 1}};
+  for (int64_t m = 0; m < args.M; ++m) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTiles; ++j) output[j].store(m, _mm512_load_ps(y + (j * args.M + m) * kTileLanes));
   }
 }
 
