@@ -35,8 +35,9 @@ struct TokenPlace {
 
 PRECAL_INLINE TokenPlace token_place(const LinearArgs& args, int64_t m, int64_t first, int64_t width) {
   const QuantizedRows& q = args.q;
-  const int64_t m0 = m / q.panel * q.panel, left = args.M - m0, tokens = left < q.panel ? left : q.panel;
-  return {q.x + first * args.M * q.planes + m0 * q.planes * width + (m - m0) * q.planes * 4, tokens * q.planes * 4};
+  const Panel panel = panel_of(q, m);
+  const int64_t before = first * args.M + panel.first * width;  // elements of other spans and panels
+  return {q.x + before * q.planes + (m - panel.first) * q.planes * 4, panel.tokens * q.planes * 4};
 }
 
 PRECAL_FORCE_INLINE __m512 load16(const void* x, DType dtype, int64_t index, __mmask16 mask) {
@@ -218,11 +219,11 @@ static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t 
           q.x[first + i] = int8_t(rounded[i / chunk * chunk + i % 4 * steps + i % chunk / 4]);
         continue;
       }
-      const int64_t m0 = m / q.panel * q.panel, left = args.M - m0, tokens = left < q.panel ? left : q.panel;
-      int16_t* to = reinterpret_cast<int16_t*>(q.x) + first * args.M + m0 * width + (m - m0) * 4;
+      const Panel panel = panel_of(q, m);
+      int16_t* to = reinterpret_cast<int16_t*>(q.x) + first * args.M + panel.first * width + (m - panel.first) * 4;
       for (int64_t c = 0; c < width; c += chunk) {
         const int32_t* from = rounded + c;
-        for (int64_t t = 0; t < steps; ++t, to += tokens * 4) {
+        for (int64_t t = 0; t < steps; ++t, to += panel.tokens * 4) {
           to[0] = int16_t(from[t]);
           to[1] = int16_t(from[2 * steps + t]);
           to[2] = int16_t(from[steps + t]);

@@ -111,13 +111,23 @@ struct QuantizedRows {
   int planes;    // bytes of an integer: 1 or 2
   int64_t span;  // columns of a span, a multiple of the chunk; divides the group size
   int64_t num_spans;
-  int64_t panel;      // tokens of a panel; the last one may have fewer
-  int8_t* x;          // [span][panel][step][token of the panel][...4 columns of a step] (activations-inl.h)
-  int32_t* start;     // [span][M][planes]: -128 * the sum of x
-  float* scale;       // [span][M]
-  int64_t lanes;      // 1 (M = 1), 4, 8 or 16: tokens that outliers are added for together
-  float* transposed;  // [ceil(M / lanes)][K][lanes]: x; nullptr without outliers
+  int64_t panel, wide;  // tokens of a panel: `panel` in the first `wide` ones, one less in the others
+  int8_t* x;            // [span][panel][step][token of the panel][...4 columns of a step] (activations-inl.h)
+  int32_t* start;       // [span][M][planes]: -128 * the sum of x
+  float* scale;         // [span][M]
+  int64_t lanes;        // 1 (M = 1), 4, 8 or 16: tokens that outliers are added for together
+  float* transposed;    // [ceil(M / lanes)][K][lanes]: x; nullptr without outliers
 };
+
+// The panel of token m: its first token and how many it has.
+struct Panel {
+  int64_t first, tokens;
+};
+PRECAL_INLINE Panel panel_of(const QuantizedRows& q, int64_t m) {
+  const int64_t narrow = m - q.wide * q.panel;  // tokens behind the wide panels
+  if (narrow < 0) return {m / q.panel * q.panel, q.panel};
+  return {m - narrow % (q.panel - 1), q.panel - 1};
+}
 
 struct LinearArgs {
   format::WeightFormat format;
@@ -172,7 +182,7 @@ struct KernelTable {
                              uint8_t* codes);
   void (*quantize_activations)(const LinearArgs&, int64_t row_begin, int64_t row_end);
   void (*transpose_activations)(const LinearArgs&, int64_t piece_begin, int64_t piece_end);
-  int panel_tokens[2];  // of a panel, with 8 and 16 bits
+  int few_tokens[2], panel_tokens[2];  // most tokens of an only panel, and of one of several; with 8 and 16 bits
 };
 
 extern const KernelTable k_scalar_kernels;

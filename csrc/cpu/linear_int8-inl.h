@@ -20,7 +20,7 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kTileLanes = format::kTileRows;
-constexpr int kPanel8 = 4, kPanel16 = 4;  // tokens of a panel: with two halves of a tile 8 sums in registers
+constexpr int kFew8 = 4, kFew16 = 4, kPanel8 = 4, kPanel16 = 4;  // tokens: with two halves of a tile 8 sums
 
 // As fma() of simd.h: scalar code rounds twice.
 PRECAL_INLINE float fma1(float a, float b, float c) {
@@ -250,8 +250,8 @@ static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t
                        levels + (n - first) * layout.chunk * kTileLanes);
     }
     const int16_t* x = reinterpret_cast<const int16_t*>(q.x) + first * layout.chunk * args.M;
-    for (int64_t m0 = 0; m0 < args.M; m0 += q.panel) {
-      const int64_t tokens = args.M - m0 < q.panel ? args.M - m0 : q.panel;
+    for (int64_t m0 = 0; m0 < args.M;) {
+      const int64_t tokens = panel_of(q, m0).tokens;
       sums_of_panel(tokens, levels, x + m0 * width, steps, sums);
       for (int64_t m = 0; m < tokens; ++m) {
         add_span(sums + m * kTileLanes, q.scale[s * args.M + m0 + m], scale, y + (m0 + m) * kTileLanes);

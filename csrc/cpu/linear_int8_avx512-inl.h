@@ -5,7 +5,8 @@
 //   Dots   vpdpbusd: levels + 128 times activations of 8 signed bits. a8: x rounded to 8 bits per span of up to 128
 //          columns of a group. a16: x as high * 256 + low, 16 bits, two dots. Sums start at -128 * sum(x).
 //   Work   a thread owns tiles of 16 rows. Up to 8 sums (tokens x planes): levels go straight from registers into the
-//          dots of two tiles. More: a span of two tiles is decoded once into L1, and panels of 8 sums run over it.
+//          dots of two tiles, up to 16 of one. More: a span of two tiles is decoded once into L1, and panels of up to 8
+//          sums run over it.
 //   Order  y = the outliers, block by block; then fma(float(sum) * x_scale, scale, y) span by span; then times the row
 //          scale, plus bias. The same for every M: a token's result depends on it alone.
 #pragma once
@@ -17,8 +18,9 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kPrefetch = 2048;  // bytes of codes ahead
-constexpr int kPanelSums = 8;        // tokens of a panel times planes; with two tiles 16 sums in registers
-constexpr int kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2;  // tokens of a panel
+// Sums (tokens x planes) in registers: of one tile or, half as many, of two.
+constexpr int kFewSums = 16, kPanelSums = 8;
+constexpr int kFew8 = kFewSums, kFew16 = kFewSums / 2, kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2;
 
 PRECAL_FORCE_INLINE __m512i broadcast_dword(const void* p) {
   int32_t v;
@@ -108,7 +110,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
 #pragma GCC unroll 2
   for (int j = 0; j < kTiles; ++j) {
     outlier_sums(args, tile + j * layout.tile_bytes, 0, outliers);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) y[j][m] = _mm512_load_ps(outliers + m * kTileLanes);
     scale[j] = _mm512_setzero_ps();
   }
@@ -124,7 +126,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
     }
     --spans_left;
     __m512i acc[kTiles][kSums][kChains];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i) {
       const __m512i start = _mm512_set1_epi32(q.start[s * kSums + i]);
 #pragma GCC unroll 2
@@ -144,7 +146,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
       }
       decoder.decode(codes, layout.tile_bytes, registers, args.keep[n],
                      [&](int t, int i, const __m512i* w) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                        for (int k = 0; k < kSums; ++k) {
                          const __m512i v = broadcast_dword(x + (t * kSums + k) * 4);
 #pragma GCC unroll 2
@@ -157,7 +159,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
       x += chunk_x;
       codes += layout.chunk_bytes;
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) {
       const __m512 x_scale = _mm512_set1_ps(q.scale[s * kTokens + m]);
 #pragma GCC unroll 2
@@ -176,7 +178,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
 #pragma GCC unroll 2
   for (int j = 0; j < kTiles; ++j) {
     const TileOutput output(args, t0 + j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) output.store(m, y[j][m]);
   }
 }
@@ -249,10 +251,11 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
   const format::TileLayout& layout = args.layout;
   const QuantizedRows& q = args.q;
   const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
-  const int64_t full_panels = args.M / q.panel, rest = args.M % q.panel;
+  const int64_t wide_tokens = q.wide * q.panel,
+                narrow_panels = (args.M - wide_tokens) / (q.panel > 1 ? q.panel - 1 : 1);
   using Widths = std::make_integer_sequence<int, kPanelSums / kPlanes>;
-  const PanelKernel full = panel_kernel<kPlanes, kTiles>(q.panel, Widths());
-  const PanelKernel last = panel_kernel<kPlanes, kTiles>(rest > 0 ? rest : 1, Widths());
+  const PanelKernel wide = panel_kernel<kPlanes, kTiles>(q.panel, Widths());
+  const PanelKernel narrow = panel_kernel<kPlanes, kTiles>(q.panel > 1 ? q.panel - 1 : 1, Widths());
   alignas(64) uint8_t levels[kMaxSpan / 4 * kTiles * 64];
   const uint8_t* tile = tile_at(args, t0);
   ChunkDecoder<kBits, kTiles> decoder(tables);
@@ -285,10 +288,9 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
     }
     const int64_t width = (end - first) * layout.chunk, steps = width / 4;
     const int8_t* x = q.x + first * layout.chunk * args.M * kPlanes;
-    full(args, levels, s, x, steps, 0, full_panels, scale, y);
-    if (rest > 0) {
-      const int64_t m0 = full_panels * q.panel;
-      last(args, levels, s, x + m0 * kPlanes * width, steps, m0, 1, scale, y);
+    wide(args, levels, s, x, steps, 0, q.wide, scale, y);
+    if (narrow_panels > 0) {
+      narrow(args, levels, s, x + wide_tokens * kPlanes * width, steps, wide_tokens, narrow_panels, scale, y);
     }
   }
   // Token by token: two tiles are one cache line of 16-bit outputs.
@@ -302,8 +304,10 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
 template <int kBits, int kPlanes, int kTokens>
 static void few_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end) {
   int64_t t = begin;
-  for (; t + 2 <= end; t += 2) few_tokens<kBits, kPlanes, kTokens, 2>(args, tables, t);
-  if (t < end) few_tokens<kBits, kPlanes, kTokens, 1>(args, tables, t);
+  if constexpr (kTokens * kPlanes <= kPanelSums) {
+    for (; t + 2 <= end; t += 2) few_tokens<kBits, kPlanes, kTokens, 2>(args, tables, t);
+  }
+  for (; t < end; ++t) few_tokens<kBits, kPlanes, kTokens, 1>(args, tables, t);
 }
 
 template <int kBits, int kPlanes, int... kBefore>
@@ -316,7 +320,7 @@ static void few_tiles(const LinearArgs& args, const LevelTables& tables, int64_t
 
 template <int kBits, int kPlanes>
 static void int8_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end, float* scratch) {
-  constexpr int kFew = kPanelSums / kPlanes;
+  constexpr int kFew = kFewSums / kPlanes;
   if (args.M <= kFew) {
     return few_tiles<kBits, kPlanes>(args, tables, begin, end, std::make_integer_sequence<int, kFew>());
   }

@@ -98,7 +98,6 @@ struct IntegerRows {
       while (f.group_size % q.span != 0) q.span /= 2;
     }
     q.num_spans = ceil_div(f.K, q.span);
-    q.panel = kernels().panel_tokens[planes - 1];
 
     int64_t bytes = 0;
     const auto place = [&bytes](int64_t size) {
@@ -130,6 +129,11 @@ struct IntegerRows {
     QuantizedRows& q = args->q;
     const int64_t M = args->M, K = args->format.K;
     q.lanes = M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
+    // Panels of equal width, give or take one: a narrow one at the end would cost as much as a wide one.
+    const int64_t most = M <= kernels().few_tokens[q.planes - 1] ? M : kernels().panel_tokens[q.planes - 1];
+    const int64_t panels = ceil_div(M, most);
+    q.panel = ceil_div(M, panels);
+    q.wide = M - panels * (q.panel - 1);
     // A piece is worth a thread from some tens of thousands of elements on.
     parallel_for(0, M, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(K, 1)),
                  [&](int64_t begin, int64_t end) { kernels().quantize_activations(*args, begin, end); });

@@ -27,6 +27,7 @@ static constexpr KernelTable make_table(const char* name) {
           interleave_rows,
           quantize_activations,
           transpose_activations,
+          {kFew8, kFew16},
           {kPanel8, kPanel16}};
 }
 
