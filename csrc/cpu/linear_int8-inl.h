@@ -250,8 +250,8 @@ static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t
                        levels + (n - first) * layout.chunk * kTileLanes);
     }
     const int16_t* x = reinterpret_cast<const int16_t*>(q.x) + first * layout.chunk * args.M;
-    for (int64_t m0 = 0; m0 < args.M;) {
-      const int64_t tokens = panel_of(q, m0).tokens;
+    for (int64_t m0 = 0, tokens; m0 < args.M; m0 += tokens) {
+      tokens = panel_of(q, m0).tokens;
       sums_of_panel(tokens, levels, x + m0 * width, steps, sums);
       for (int64_t m = 0; m < tokens; ++m) {
         add_span(sums + m * kTileLanes, q.scale[s * args.M + m0 + m], scale, y + (m0 + m) * kTileLanes);
