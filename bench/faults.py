@@ -5,7 +5,8 @@
 
 Makes a synthetic checkpoint of the given size, quantizes it once undisturbed (peak memory is measured there), then:
 
-    kill -9     at random moments, the same command again and again; every run must begin behind all that was recorded
+    kill -9     at random moments, the same command again and again, each run continuing the one before; every run must
+                begin behind all that was recorded
     signals     SIGINT and SIGTERM the same way: exit codes 130 and 143, no traceback
     writes      on a small model, every single write, sync and rename fails once with ENOSPC, and every write is cut
                 short once, so that the rest of it fails
@@ -50,6 +51,8 @@ from precal_ext.config import QuantizeConfig  # noqa: E402
 from precal_ext.plan import BYTES_PER_ELEMENT, plan_quantization  # noqa: E402
 
 SETTINGS = {"bits": 4}
+# A run is hit within this share of the whole work: some 13 interruptions in a row, then the model is finished.
+SPAN = 0.15
 
 
 def require(good: bool, what: str) -> None:
@@ -182,8 +185,9 @@ class Campaign:
         anywhere = self.chance.random() < 0.25
         begun = "" if anywhere else process.stderr.readline()
         try:
-            span = self.figures["seconds"] if anywhere else self.figures["seconds_at_work"] / 2
-            process.wait(self.chance.uniform(0, span))
+            work = self.figures["seconds_at_work"]
+            start = self.figures["seconds"] - work if anywhere else 0.0
+            process.wait(self.chance.uniform(0, start + SPAN * work))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
         err = begun + process.communicate(timeout=600)[1]
