@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,26 +23,51 @@ def _words(K: int, bits: int) -> int:
     return _ceil_div(K * bits, 32)
 
 
+def _fake(op: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers how the outputs of an op look.
+
+    A meta tensor among others brings a call here too, where ``new_empty`` of a real one would be memory as it was left.
+    """
+
+    def register(function: Callable[..., Any]) -> None:
+        arguments = getattr(torch.ops.precal, op).default._schema.arguments
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+            tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            first, *others = tensors
+            for name in others:
+                if tensors[name].device != tensors[first].device:
+                    contract = f"on the device of {first}, {tensors[first].device}"
+                    raise RuntimeError(f"{op}: {name} must be {contract}, got {tensors[name].device}")
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"precal::{op}")(checked)
+
+    return register
+
+
 _SCALE_DTYPE = {"e4m3": torch.uint8, "float16": torch.float16}
 
 
-@torch.library.register_fake("precal::soft_threshold")
+@_fake("soft_threshold")
 def _(w: Tensor, lam: float) -> Tensor:
     return torch.empty_like(w)
 
 
-@torch.library.register_fake("precal::salience_threshold")
+@_fake("salience_threshold")
 def _(w: Tensor, alpha: float, scope: str = "tensor", group_size: int = 128, normalize: str = "none") -> Tensor:
     shapes = {"tensor": [1], "row": [w.shape[0]], "group": [w.shape[0], _ceil_div(w.shape[1], group_size)]}
     return w.new_empty(shapes[scope], dtype=torch.float64)
 
 
-@torch.library.register_fake("precal::salience_mask")
+@_fake("salience_mask")
 def _(w: Tensor, lam: Tensor, scope: str = "tensor", group_size: int = 128, normalize: str = "none") -> Tensor:
     return torch.empty_like(w, dtype=torch.bool)
 
 
-@torch.library.register_fake("precal::histogram")
+@_fake("histogram")
 def _(
     w: Tensor,
     num_bins: int,
@@ -57,22 +83,22 @@ def _(
     return w.new_empty(shape, dtype=torch.int64), w.new_empty([3], dtype=torch.int64)
 
 
-@torch.library.register_fake("precal::spread_codes")
+@_fake("spread_codes")
 def _(counts: Tensor, lo: float, hi: float, grid: Tensor) -> Tensor:
     return counts.new_empty([counts.shape[-1]], dtype=torch.float64)
 
 
-@torch.library.register_fake("precal::kl_divergence")
+@_fake("kl_divergence")
 def _(p: Tensor, q: Tensor, smoothing: float = 0.0) -> Tensor:
     return p.new_empty([], dtype=torch.float64)
 
 
-@torch.library.register_fake("precal::fit_grid")
+@_fake("fit_grid")
 def _(counts: Tensor, lo: float, hi: float, grid: Tensor, mu: float = 0.0, rounds: int = 1) -> Tensor:
     return torch.empty_like(grid)
 
 
-@torch.library.register_fake("precal::quantize_groups")
+@_fake("quantize_groups")
 def _(
     w: Tensor,
     grid: Tensor | None,
@@ -96,7 +122,7 @@ def _(
     )
 
 
-@torch.library.register_fake("precal::quantize_split")
+@_fake("quantize_split")
 def _(w: Tensor, salient: Tensor, bits: int, group_size: int) -> tuple[Tensor, ...]:
     N, K = w.shape
     G = _ceil_div(K, group_size)
@@ -109,22 +135,22 @@ def _(w: Tensor, salient: Tensor, bits: int, group_size: int) -> tuple[Tensor, .
     )
 
 
-@torch.library.register_fake("precal::pack")
+@_fake("pack")
 def _(codes: Tensor, bits: int) -> Tensor:
     return codes.new_empty([codes.shape[0], _words(codes.shape[1], bits)], dtype=torch.int32)
 
 
-@torch.library.register_fake("precal::unpack")
+@_fake("unpack")
 def _(packed: Tensor, bits: int, K: int) -> Tensor:
     return packed.new_empty([packed.shape[0], K], dtype=torch.uint8)
 
 
-@torch.library.register_fake("precal::dequantize")
+@_fake("dequantize")
 def _(packed: Tensor, *rest: Any) -> Tensor:
     return packed.new_empty([packed.shape[0], rest[-3]], dtype=torch.float32)
 
 
-@torch.library.register_fake("precal::prepack")
+@_fake("prepack")
 def _(
     packed: Tensor,
     scale: Tensor,
@@ -147,7 +173,7 @@ def _(
     return packed.new_empty([size], dtype=torch.uint8)
 
 
-@torch.library.register_fake("precal::unprepack")
+@_fake("unprepack")
 def _(
     prepacked: Tensor,
     N: int,
@@ -176,7 +202,7 @@ def _(
     )
 
 
-@torch.library.register_fake("precal::linear")
+@_fake("linear")
 def _(x: Tensor, prepacked: Tensor, bias: Tensor | None, N: int, *rest: Any) -> Tensor:
     return x.new_empty([*x.shape[:-1], N])
 

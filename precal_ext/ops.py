@@ -1,9 +1,10 @@
 """The ops and their contracts. ``torch.ops.precal.*`` are the same functions without the error types.
 
 Every wrapper takes and returns contiguous tensors on one device, allocates its outputs, and raises ``TypeError`` for a
-wrong dtype and ``ValueError`` for any other broken contract, with a message ``op: argument must be ..., got ...``.
-Called through ``torch.ops.precal`` the same messages arrive as ``RuntimeError``. Results do not depend on the number of
-threads; codes, scales and counts are the same bits on every instruction set and device.
+wrong dtype, ``MemoryError`` for an output that finds no room and ``ValueError`` for any other broken contract, with a
+message ``op: argument must be ..., got ...``, in the words of ``_C``. Called through ``torch.ops.precal`` the same
+messages arrive as ``RuntimeError``. Results do not depend on the number of threads; codes, scales and counts are the
+same bits on every instruction set and device.
 
 Notation: ``N, K`` rows and columns of a weight, ``G = ceil(K / group_size)``, ``B`` outlier blocks of a row, ``c``
 their capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives the formulas.
@@ -12,6 +13,7 @@ their capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives t
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -27,7 +29,7 @@ Result = TypeVar("Result")
 
 def _contract(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Turns the RuntimeError of a broken contract into the built-in error that callers expect."""
-    prefixes = (f"{function.__name__}: ", "precal: ")
+    op = function.__name__
 
     @functools.wraps(function)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -35,9 +37,17 @@ def _contract(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
             return function(*args, **kwargs)
         except RuntimeError as error:
             message = str(error).split("\n")[0]
-            if not message.startswith(prefixes):
+            backend = re.match(r"Could not run '.*' with arguments from the '(\w+)' backend", message)
+            if isinstance(error, NotImplementedError) and backend:
+                contract = "tensors must be dense and on a device that this build has the op for"
+                raise ValueError(f"{op}: {contract}, got backend {backend[1]}") from None
+            if not message.startswith(f"{op}: "):
                 raise
-            kind = TypeError if " must have dtype " in message else ValueError
+            kind: type[Exception] = ValueError
+            if " must have dtype " in message:
+                kind = TypeError
+            elif message.endswith(" must fit in memory"):
+                kind = MemoryError
             raise kind(message) from None
 
     return checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import signal
@@ -195,14 +196,92 @@ def test_a_prepacked_weight_at_an_odd_address() -> None:
         with forced_isa(isa):
             want = ops.linear(x, prepacked, None, *weight.numbers).numpy()
             assert _C.linear(x.numpy(), crooked.numpy(), None, *weight.numbers).tobytes() == want.tobytes()
-    with pytest.raises(ValueError, match=r"^precal: prepacked must be aligned to 4 bytes"):
+    with pytest.raises(ValueError, match=r"^linear: prepacked must be aligned to 4 bytes"):
         ops.linear(x, crooked, None, *weight.numbers)
 
 
 def test_a_torch_tensor_at_an_odd_address_is_refused() -> None:
     w = torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1, count=10)
-    with pytest.raises(ValueError, match=r"^precal: w must be aligned to 4 bytes, got an odd address; call .clone\(\)"):
+    with pytest.raises(
+        ValueError, match=r"^soft_threshold: w must be aligned to 4 bytes, got an odd address; call .clone\(\)"
+    ):
         ops.soft_threshold(w, 0.0)
+
+
+# ---- both bindings refuse alike --------------------------------------------------------------------------------------
+
+
+def spoilt(argument: Any) -> dict[str, Any]:
+    """What no op takes in the place of an argument."""
+    if isinstance(argument, Tensor):
+        changed = {str(d)[6:]: argument.to(d) for d in (torch.int16, torch.complex64, torch.float8_e4m3fn)}
+        changed["float64 or int32"] = argument.to(torch.int32 if argument.dtype == torch.float64 else torch.float64)
+        changed["9 dimensions"] = argument.reshape((1,) * 9 + argument.shape)
+        changed["another shape"] = argument.reshape(-1)[1:].clone()
+        if argument.dim() > 1 and min(argument.shape) > 1:
+            changed["strided"] = argument.transpose(0, 1).contiguous().transpose(0, 1)
+        return changed
+    if isinstance(argument, str):
+        return {"text": "no such word", "escape": "\x1b[2J"}
+    if isinstance(argument, int) and not isinstance(argument, bool):
+        return {"minus one": -1, "huge": 2**62}
+    return {"not a number": math.nan} if isinstance(argument, float) else {}
+
+
+def refusal(call: Any, arguments: list[Any]) -> tuple[type, str] | None:
+    try:
+        call(*arguments)
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_both_bindings_refuse_with_the_same_words(name: str) -> None:
+    refused = 0
+    for i, argument in enumerate(EXAMPLES[name]):
+        for kind, value in spoilt(argument).items():
+            if name == "linear" and i == 0 and kind == "strided":
+                continue  # torch.ops.precal copies a strided x
+            arguments = [*EXAMPLES[name]]
+            arguments[i] = value
+            of_torch, of_c = refusal(getattr(ops, name), arguments), refusal(getattr(_C, name), arguments)
+            assert of_torch == of_c, (i, kind)
+            if of_torch is not None:
+                assert of_torch[0] in (TypeError, ValueError), (i, kind, of_torch)
+                assert of_torch[1].startswith(f"{name}: "), (i, kind)
+                refused += 1
+    assert refused > len([a for a in EXAMPLES[name] if isinstance(a, Tensor)]) * 4
+
+
+@pytest.mark.parametrize("name", [name for name, a in EXAMPLES.items() if sum(isinstance(x, Tensor) for x in a) > 1])
+def test_tensors_of_two_devices_are_refused(name: str) -> None:
+    """A meta tensor sends the call to the fake, whose outputs would be memory as it was left."""
+    tensors = [i for i, a in enumerate(EXAMPLES[name]) if isinstance(a, Tensor)]
+    for i in tensors:
+        arguments = [*EXAMPLES[name]]
+        arguments[i] = arguments[i].to("meta")
+        with pytest.raises(
+            ValueError, match=rf"^{name}: \w+ must be on the device of \w+, (meta|cpu), got (meta|cpu)$"
+        ):
+            getattr(ops, name)(*arguments)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_tensors_that_no_kernel_takes_are_refused(name: str) -> None:
+    arguments = [*EXAMPLES[name]]
+    arguments[0] = arguments[0].to_sparse()
+    with pytest.raises(ValueError, match=rf"^{name}: tensors must be dense and on a device .*, got backend SparseCPU$"):
+        getattr(ops, name)(*arguments)
+
+
+def test_an_output_without_room_is_the_same_error_too() -> None:
+    weight = shapes.random_weight(0, 5, 0, 4, 64)
+    x, rest = torch.empty(2**40, 0), (ops.prepack(*weight), None, *weight.numbers)
+    message = r"^linear: an output of \[1099511627776, 5\] float32 must fit in memory$"
+    for call in (ops.linear, _C.linear):
+        with pytest.raises(MemoryError, match=message):
+            call(x, *rest)
 
 
 TALL, LONG = np.empty((2**40, 0), np.float32), np.empty((0, 2**40), np.float32)

@@ -220,7 +220,7 @@ def _with(value: float) -> Tensor:
     ("call", "error", "message"),
     [
         (lambda: ops.soft_threshold(W.double(), 0), TypeError, "soft_threshold: w must have dtype float32 or float16"),
-        (lambda: ops.soft_threshold(W.to(torch.complex64), 0), TypeError, "precal: w must have dtype bool, uint8"),
+        (lambda: ops.soft_threshold(W.to(torch.complex64), 0), TypeError, "soft_threshold: w must have dtype bool"),
         (lambda: ops.soft_threshold(W.T, 0), ValueError, "soft_threshold: w must be contiguous, got a strided view"),
         (lambda: ops.soft_threshold(W, -1), ValueError, "soft_threshold: lam must be finite and >= 0, got -1"),
         (lambda: ops.soft_threshold(W, float("nan")), ValueError, "lam must be finite and >= 0, got nan"),

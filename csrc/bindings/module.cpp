@@ -28,7 +28,7 @@ struct Call {
   Borrowed prepacked(const py::object& object) const { return borrow_cpu(op, "prepacked", object, 4); }
 
   [[noreturn]] void out_of_memory(const std::string& what) const {
-    raise(PyExc_MemoryError, concat(op, ": ", what, " must fit in memory"));
+    raise(PyExc_MemoryError, must_fit_in_memory(op, what));
   }
 
   template <typename Op>
@@ -42,7 +42,7 @@ struct Call {
         arrays[i] = new_array(specs[i]);
       } catch (py::error_already_set& error) {
         error.restore();
-        out_of_memory(concat("an output of ", shape_text(specs[i]), " ", dtype_name(specs[i].dtype)));
+        out_of_memory(output_text(specs[i]));
       }
       static_cast<TensorSpec&>(views[i]) = specs[i];
       views[i].data = arrays[i].mutable_data();

@@ -29,71 +29,88 @@ auto as_tuple(const Array& a, std::index_sequence<I...>) {
 }
 
 template <typename Op>
-auto execute_tuple(const Op& op, const Tensor& like) {
-  return as_tuple(execute(op, like), std::make_index_sequence<size_t(Op::kOutputs)>());
+auto run_tuple(const Call& call, const Op& op, const Tensor& like) {
+  return as_tuple(call.run(op, like), std::make_index_sequence<size_t(Op::kOutputs)>());
 }
 
-Tensor soft_threshold(const Tensor& w, double lam) { return execute(cpu::SoftThreshold{view("w", w), lam}, w)[0]; }
+Tensor soft_threshold(const Tensor& w, double lam) {
+  const Call call{"soft_threshold"};
+  return call.run(cpu::SoftThreshold{call.view("w", w), lam}, w)[0];
+}
 
 Tensor salience_threshold(const Tensor& w, double alpha, std::string scope, int64_t group_size, std::string normalize) {
-  return execute(cpu::SalienceThreshold{view("w", w), alpha, scope, group_size, normalize}, w)[0];
+  const Call call{"salience_threshold"};
+  return call.run(cpu::SalienceThreshold{call.view("w", w), alpha, scope, group_size, normalize}, w)[0];
 }
 
 Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int64_t group_size, std::string normalize) {
-  return execute(cpu::SalienceMask{view("w", w), view("lam", lam), scope, group_size, normalize}, w)[0];
+  const Call call{"salience_mask"};
+  return call.run(cpu::SalienceMask{call.view("w", w), call.view("lam", lam), scope, group_size, normalize}, w)[0];
 }
 
 std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
                                      MaybeTensor weight, int64_t group_size, MaybeTensor label, int64_t num_labels) {
-  return execute_tuple(cpu::Histogram{view("w", w), num_bins, lo, hi, view("divisor", divisor), view("weight", weight),
-                                      group_size, view("label", label), num_labels},
-                       w);
+  const Call call{"histogram"};
+  return run_tuple(call,
+                   cpu::Histogram{call.view("w", w), num_bins, lo, hi, call.view("divisor", divisor),
+                                  call.view("weight", weight), group_size, call.view("label", label), num_labels},
+                   w);
 }
 
 Tensor spread_codes(const Tensor& counts, double lo, double hi, const Tensor& grid) {
-  return execute(cpu::SpreadCodes{view("counts", counts), lo, hi, view("grid", grid)}, counts)[0];
+  const Call call{"spread_codes"};
+  return call.run(cpu::SpreadCodes{call.view("counts", counts), lo, hi, call.view("grid", grid)}, counts)[0];
 }
 
 Tensor kl_divergence(const Tensor& p, const Tensor& q, double smoothing) {
-  return execute(cpu::KlDivergence{view("p", p), view("q", q), smoothing}, p)[0];
+  const Call call{"kl_divergence"};
+  return call.run(cpu::KlDivergence{call.view("p", p), call.view("q", q), smoothing}, p)[0];
 }
 
 Tensor fit_grid(const Tensor& counts, double lo, double hi, const Tensor& grid, double mu, int64_t rounds) {
-  return execute(cpu::FitGrid{view("counts", counts), lo, hi, view("grid", grid), mu, rounds}, grid)[0];
+  const Call call{"fit_grid"};
+  return call.run(cpu::FitGrid{call.view("counts", counts), lo, hi, call.view("grid", grid), mu, rounds}, grid)[0];
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_groups(const Tensor& w, MaybeTensor grid, int64_t bits,
                                                                    int64_t group_size, int64_t c, double lam,
                                                                    std::string scale_dtype, bool symmetric,
                                                                    double search_lo, double search_hi) {
-  return execute_tuple(cpu::QuantizeGroups{view("w", w), view("grid", grid), bits, group_size, c, lam, scale_dtype,
-                                           symmetric, search_lo, search_hi},
-                       w);
+  const Call call{"quantize_groups"};
+  return run_tuple(call,
+                   cpu::QuantizeGroups{call.view("w", w), call.view("grid", grid), bits, group_size, c, lam,
+                                       scale_dtype, symmetric, search_lo, search_hi},
+                   w);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& w, const Tensor& salient, int64_t bits,
                                                                   int64_t group_size) {
-  return execute_tuple(cpu::QuantizeSplit{view("w", w), view("salient", salient), bits, group_size}, w);
+  const Call call{"quantize_split"};
+  return run_tuple(call, cpu::QuantizeSplit{call.view("w", w), call.view("salient", salient), bits, group_size}, w);
 }
 
-Tensor pack(const Tensor& codes, int64_t bits) { return execute(cpu::Pack{view("codes", codes), bits}, codes)[0]; }
+Tensor pack(const Tensor& codes, int64_t bits) {
+  const Call call{"pack"};
+  return call.run(cpu::Pack{call.view("codes", codes), bits}, codes)[0];
+}
 
 Tensor unpack(const Tensor& packed, int64_t bits, int64_t K) {
-  return execute(cpu::Unpack{view("packed", packed), bits, K}, packed)[0];
+  const Call call{"unpack"};
+  return call.run(cpu::Unpack{call.view("packed", packed), bits, K}, packed)[0];
 }
 
-WeightTensors weight_tensors(const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
+WeightTensors weight_tensors(const Call& call, const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
                              const MaybeTensor& grid, const MaybeTensor& outlier_index,
                              const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
                              const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
-  return {view("packed", packed),
-          view("scale", scale),
-          view("row_scale", row_scale),
-          view("grid", grid),
-          view("outlier_index", outlier_index),
-          view("outlier_value", outlier_value),
-          view("outlier_scale", outlier_scale),
-          view("outlier_mask", outlier_mask),
+  return {call.view("packed", packed),
+          call.view("scale", scale),
+          call.view("row_scale", row_scale),
+          call.view("grid", grid),
+          call.view("outlier_index", outlier_index),
+          call.view("outlier_value", outlier_value),
+          call.view("outlier_scale", outlier_scale),
+          call.view("outlier_mask", outlier_mask),
           K,
           bits,
           group_size};
@@ -102,17 +119,19 @@ WeightTensors weight_tensors(const Tensor& packed, const Tensor& scale, const Te
 Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                   MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
                   MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
-  return execute(cpu::Dequantize{weight_tensors(packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                                outlier_scale, outlier_mask, K, bits, group_size)},
-                 packed)[0];
+  const Call call{"dequantize"};
+  return call.run(cpu::Dequantize{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                                 outlier_scale, outlier_mask, K, bits, group_size)},
+                  packed)[0];
 }
 
 Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
                MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
-  return execute(cpu::Prepack{weight_tensors(packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                             outlier_scale, outlier_mask, K, bits, group_size)},
-                 packed)[0];
+  const Call call{"prepack"};
+  return call.run(cpu::Prepack{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                              outlier_scale, outlier_mask, K, bits, group_size)},
+                  packed)[0];
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t N,
@@ -120,21 +139,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpre
                                                                                      int64_t group_size, int64_t c,
                                                                                      int64_t grid_size, bool split,
                                                                                      std::string scale_dtype) {
-  return execute_tuple(cpu::Unprepack{PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c,
-                                                      grid_size, split, scale_dtype}},
-                       prepacked);
+  const Call call{"unprepack"};
+  return run_tuple(call,
+                   cpu::Unprepack{PrepackedWeight{call.view("prepacked", prepacked), N, K, bits, group_size, c,
+                                                  grid_size, split, scale_dtype}},
+                   prepacked);
 }
 
 // x may be strided: activations often are, and a copy of them is small beside the weight.
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
               int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype,
               std::string activations) {
+  const Call call{"linear"};
   const Tensor rows = torch::stable::contiguous(x);
-  return execute(cpu::Linear{view("x", rows),
-                             PrepackedWeight{view("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split,
-                                             scale_dtype},
-                             view("bias", bias), activations},
-                 x)[0];
+  return call.run(cpu::Linear{call.view("x", rows),
+                              PrepackedWeight{call.view("prepacked", prepacked), N, K, bits, group_size, c, grid_size,
+                                              split, scale_dtype},
+                              call.view("bias", bias), activations},
+                  x)[0];
 }
 
 }  // namespace

@@ -18,9 +18,10 @@ cudaStream_t current_stream(const Tensor& t) {
 
 Tensor soft_threshold(const Tensor& w, double lam) {
   const torch::stable::accelerator::DeviceGuard guard(w.get_device_index());
-  const TensorView v = view("w", w);
-  check(check_dtype("soft_threshold", "w", v, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
-  check(check_contiguous("soft_threshold", "w", v));
+  const Call call{"soft_threshold"};
+  const TensorView v = call.view("w", w);
+  check(check_dtype(call.op, "w", v, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
+  check(check_contiguous(call.op, "w", v));
   if (!(lam >= 0.0) || std::isinf(lam)) {
     check(invalid_value("soft_threshold: lam must be finite and >= 0, got ", lam));
   }

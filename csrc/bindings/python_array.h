@@ -36,6 +36,16 @@ struct Borrowed {
   throw py::error_already_set();
 }
 
+inline std::string dlpack_dtype_text(DLDataType t) {
+  static const char* const kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  if (t.lanes == 1) {
+    if (t.code < 7) return concat(kinds[t.code], int(t.bits));
+    if (t.code == 10) return "float8_e4m3fn";
+    if (t.code == 12) return "float8_e5m2";
+  }
+  return concat("DLPack code ", int(t.code), " with ", int(t.bits), " bits");
+}
+
 inline DType dtype_from_dlpack(const char* op, const char* name, DLDataType t) {
   if (t.lanes == 1) {
     if (t.code == kDLFloat && t.bits == 16) return DType::kFloat16;
@@ -49,14 +59,13 @@ inline DType dtype_from_dlpack(const char* op, const char* name, DLDataType t) {
     if (t.code == kDLBool && t.bits == 8) return DType::kBool;
     if (t.code == kDLUInt && t.bits == 16) return DType::kBFloat16;  // bits of bfloat16, as numpy can carry them
   }
-  throw py::type_error(concat(op, ": ", name, " must have dtype bool, uint8, int8, int32, int64, float16, bfloat16, ",
-                              "float32 or float64, got DLPack code ", int(t.code), " with ", int(t.bits), " bits"));
+  throw py::type_error(unknown_dtype(op, name, dlpack_dtype_text(t)).message());
 }
 
 // Shapes of numpy are sound; a DLPack tensor may claim anything. Its bytes must be countable.
 inline void check_claims(const char* op, const char* name, const DLTensor& t) {
   if (t.ndim < 0 || t.ndim > kMaxDims) {
-    throw py::value_error(concat(op, ": ", name, " must have at most 8 dimensions, got ", t.ndim));
+    throw py::value_error(too_many_dimensions(op, name, t.ndim).message());
   }
   int64_t room = std::numeric_limits<int64_t>::max() / 8;
   bool sound = t.ndim == 0 || t.shape != nullptr, empty = false;
@@ -138,7 +147,7 @@ inline Borrowed borrow_numpy(const char* op, const char* name, const py::array& 
   }
   Borrowed b;
   if (array.ndim() > kMaxDims) {
-    throw py::value_error(concat(op, ": ", name, " must have at most 8 dimensions, got ", array.ndim()));
+    throw py::value_error(too_many_dimensions(op, name, array.ndim()).message());
   }
   b.view.dtype = dtype_from_dlpack(op, name, code);
   b.view.ndim = int(array.ndim());

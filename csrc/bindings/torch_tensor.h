@@ -6,8 +6,10 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +23,23 @@ namespace precal::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline DType to_dtype(const char* name, ScalarType type) {
+// Names of dtypes that no op takes, as DLPack has them (bindings/python_array.h), so that both bindings say the same.
+inline std::string foreign_dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Short: return "int16";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    default: return concat("ScalarType ", int(type));
+  }
+}
+
+inline std::optional<DType> to_dtype(ScalarType type) {
   switch (type) {
     case ScalarType::Bool: return DType::kBool;
     case ScalarType::Byte: return DType::kUInt8;
@@ -32,10 +50,8 @@ inline DType to_dtype(const char* name, ScalarType type) {
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Double: return DType::kFloat64;
-    default: break;
+    default: return std::nullopt;
   }
-  throw std::runtime_error(std::string("precal: ") + name + " must have dtype bool, uint8, int8, int32, int64, " +
-                           "float16, bfloat16, float32 or float64, got ScalarType " + std::to_string(int(type)));
 }
 
 inline ScalarType to_scalar_type(DType dtype) {
@@ -53,48 +69,61 @@ inline ScalarType to_scalar_type(DType dtype) {
   return ScalarType::Float;
 }
 
-inline TensorView view(const char* name, const Tensor& t) {
-  TensorView v;
-  if (t.dim() > kMaxDims) {
-    throw std::runtime_error(std::string("precal: ") + name + " must have at most 8 dimensions, got " +
-                             std::to_string(t.dim()));
-  }
-  v.dtype = to_dtype(name, t.scalar_type());
-  v.ndim = int(t.dim());
-  for (int i = 0; i < v.ndim; ++i) v.shape[i] = t.size(i);
-  v.data = t.data_ptr();
-  v.present = true;
-  v.contiguous = t.is_contiguous();
-  // Kernels read whole elements, and int32 words of a prepacked weight.
-  const int64_t alignment = std::strcmp(name, "prepacked") == 0 ? 4 : dtype_bytes(v.dtype);
-  if (reinterpret_cast<uintptr_t>(v.data) % uintptr_t(alignment) != 0) {
-    throw std::runtime_error(std::string("precal: ") + name + " must be aligned to " + std::to_string(alignment) +
-                             " bytes, got an odd address; call .clone() first");
-  }
-  return v;
-}
-
-inline TensorView view(const char* name, const std::optional<Tensor>& t) {
-  return t.has_value() ? view(name, *t) : TensorView();
-}
-
 inline void check(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message());
 }
 
-template <typename Op>
-std::array<Tensor, Op::kOutputs> execute(const Op& op, const Tensor& like) {
-  std::array<TensorSpec, Op::kOutputs> specs;
-  check(op.plan(specs.data()));
-  std::array<Tensor, Op::kOutputs> outputs;
-  std::array<TensorView, Op::kOutputs> views;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    const std::vector<int64_t> sizes(specs[i].shape, specs[i].shape + specs[i].ndim);
-    outputs[i] = torch::stable::new_empty(like, sizes, to_scalar_type(specs[i].dtype));
-    views[i] = view("output", outputs[i]);
+// One call of one op: every error begins with its name.
+struct Call {
+  const char* op;
+
+  TensorView view(const char* name, const Tensor& t) const {
+    TensorView v;
+    if (t.dim() > kMaxDims) check(too_many_dimensions(op, name, t.dim()));
+    const std::optional<DType> dtype = to_dtype(t.scalar_type());
+    if (!dtype) check(unknown_dtype(op, name, foreign_dtype_text(t.scalar_type())));
+    v.dtype = *dtype;
+    v.ndim = int(t.dim());
+    for (int i = 0; i < v.ndim; ++i) v.shape[i] = t.size(i);
+    v.data = t.data_ptr();
+    v.present = true;
+    v.contiguous = t.is_contiguous();
+    // Kernels read whole elements, and int32 words of a prepacked weight.
+    const int64_t alignment = std::strcmp(name, "prepacked") == 0 ? 4 : dtype_bytes(v.dtype);
+    if (reinterpret_cast<uintptr_t>(v.data) % uintptr_t(alignment) != 0) {
+      check(invalid_value(op, ": ", name, " must be aligned to ", alignment,
+                          " bytes, got an odd address; call .clone() first"));
+    }
+    return v;
   }
-  check(op.run(views.data()));
-  return outputs;
-}
+
+  TensorView view(const char* name, const std::optional<Tensor>& t) const {
+    return t.has_value() ? view(name, *t) : TensorView();
+  }
+
+  // Plan, allocate outputs on the device of `like`, run.
+  template <typename Op>
+  std::array<Tensor, Op::kOutputs> run(const Op& arguments, const Tensor& like) const {
+    std::array<TensorSpec, Op::kOutputs> specs;
+    check(arguments.plan(specs.data()));
+    std::array<Tensor, Op::kOutputs> outputs;
+    std::array<TensorView, Op::kOutputs> views;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const std::vector<int64_t> sizes(specs[i].shape, specs[i].shape + specs[i].ndim);
+      try {
+        outputs[i] = torch::stable::new_empty(like, sizes, to_scalar_type(specs[i].dtype));
+      } catch (const std::exception&) {
+        throw std::runtime_error(must_fit_in_memory(op, output_text(specs[i])));
+      }
+      views[i] = view("output", outputs[i]);
+    }
+    try {
+      check(arguments.run(views.data()));
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(must_fit_in_memory(op, "its working memory"));
+    }
+    return outputs;
+  }
+};
 
 }  // namespace precal::bindings

@@ -82,6 +82,25 @@ inline std::string shape_text(const TensorSpec& t) {
   return text + "]";
 }
 
+// What no op takes, said alike by every binding. `got` is the dtype's name, or what is known of it.
+inline Status unknown_dtype(const char* op, const char* name, const std::string& got) {
+  return invalid_type(op, ": ", name,
+                      " must have dtype bool, uint8, int8, int32, int64, float16, bfloat16, float32 or ",
+                      "float64, got ", got);
+}
+
+inline Status too_many_dimensions(const char* op, const char* name, int64_t ndim) {
+  return invalid_value(op, ": ", name, " must have at most 8 dimensions, got ", ndim);
+}
+
+inline std::string must_fit_in_memory(const char* op, const std::string& what) {
+  return concat(op, ": ", what, " must fit in memory");
+}
+
+inline std::string output_text(const TensorSpec& spec) {
+  return concat("an output of ", shape_text(spec), " ", dtype_name(spec.dtype));
+}
+
 // `contract` is the shape in words, e.g. "(N, ceil(K/group_size))".
 inline Status check_shape(const char* op, const char* name, const TensorView& t, const TensorSpec& want,
                           const char* contract) {
