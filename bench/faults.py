@@ -16,7 +16,8 @@ Makes a synthetic checkpoint of the given size, quantizes it once undisturbed (p
 
 After every fault OUT must be absent, or whole where it struck behind the last rename; the same command then ends with
 the bytes of the undisturbed run. Faults of calls are made by wrapping those of `os` in a forked child; the others are
-the system's own. Exits 1 at the first that fails. --every 10 breaks every tenth call only.
+the system's own. Exits 1 at the first that fails. --every 10 breaks every tenth call only. Settings do not matter for
+what is written when; with "--recipe rtn" most of the time goes into reading and writing.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ def command(model: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "precal_ext", "quantize", str(model), str(out), *options]
 
 
+# What the command is given on the large model.
+settings: list[str] = []
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
@@ -134,7 +139,7 @@ def environment() -> dict[str, str]:
 def undisturbed(model: Path, out: Path) -> dict[str, float]:
     """Seconds and peak memory of one run of its own."""
     started = time.monotonic()
-    run = [sys.executable, "-c", _MEASURED, *command(model, out, "--quiet", "--json")]
+    run = [sys.executable, "-c", _MEASURED, *command(model, out, "--quiet", "--json", *settings)]
     done = subprocess.run(run, env=environment(), capture_output=True, text=True)
     require(done.returncode == 0, f"the undisturbed run must end well, got exit code {done.returncode}")
     seconds, peak = time.monotonic() - started, int(done.stderr.splitlines()[-1]) * 1024
@@ -174,7 +179,7 @@ class Campaign:
         """One run, hit at a random moment. "early": it had not begun; "hit": it was at work; "late": it was done."""
         before = recorded(self.out)
         process = subprocess.Popen(
-            command(self.model, self.out),
+            command(self.model, self.out, *settings),
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -443,6 +448,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="kill -9 at work (default 100)")
     parser.add_argument("--interrupts", type=int, default=20, help="of every other kind that is random (default 20)")
     parser.add_argument("--every", type=int, default=1, help="of the calls that fail one by one (default 1: all)")
+    parser.add_argument(
+        "--settings", type=str.split, default=[], help='of the large model, as "--recipe rtn" (default: none)'
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--folder", type=Path, help="where to work; needs three times the size (default: a temporary one)"
@@ -451,7 +459,8 @@ def main() -> None:
     arguments = parser.parse_args()
     # A shell that starts this in the background lets it ignore Ctrl-C, and so would the processes it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = {key: getattr(arguments, key) for key in ("size", "kills", "interrupts", "every", "seed")}
+    settings.extend(arguments.settings)
+    options = {key: getattr(arguments, key) for key in ("size", "kills", "interrupts", "every", "seed", "settings")}
     with tempfile.TemporaryDirectory(prefix="precal-faults-", dir=arguments.folder) as folder:
         for name, result in campaign(Path(folder), arguments):
             print(f"{name}: {json.dumps(result)}", flush=True)

@@ -18,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from precal_ext.headers import (
+    MAX_JSON_BYTES,
+    MAX_JSON_ITEMS,
+    check_inside,
+    read_header,
+    read_object,
+    read_weight_map,
+)
 from precal_ext.headers import CheckpointError as CheckpointError
-from precal_ext.headers import check_header, check_inside
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 50_000_000_000  # transformers' default since version 5
+MAX_TENSORS_IN_ALL = 2**20  # of a model
 CHUNK = 8 << 20  # bytes of a copy that are in memory at once
 
 # safetensors' names, in the order in which its writer sorts tensors (widest first), and what torch calls them.
@@ -52,7 +59,7 @@ _RANK = {name: rank for rank, name in enumerate(_DTYPES)}
 _ITEMSIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor is and what it is, read from the header alone. ``offset`` counts from the file's first byte."""
 
@@ -70,23 +77,15 @@ class TensorInfo:
         return n
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model directory."""
+def read_json(path: Path, most: int = MAX_JSON_BYTES, items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
+    """A JSON object of a model directory, of at most ``most`` bytes and ``items`` commas and brackets."""
     check_inside(path.parent, path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: must be readable, got {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, endless numbers, nested without end
-        raise CheckpointError(f"{path}: must be JSON, got {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, got {type(data).__name__}")
-    return data
+    return read_object(path, most, items)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model directory."""
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: must be a Hugging Face model directory, got no config.json")
     return read_json(folder / "config.json")
 
@@ -97,19 +96,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: none, a shard is missing, or only formats that run code when loaded.
     """
-    if (folder / INDEX_NAME).is_file():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME}: must have a weight_map of tensor to file")
-        names = sorted(set(map(str, weight_map.values())))
-        for name in names:
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise CheckpointError(f"{folder / INDEX_NAME}: files must lie in the directory itself, got {name!r}")
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name}: must exist, the index names it; download the model again")
-            check_inside(folder, folder / name)
-        return [folder / name for name in names]
-    if (folder / WEIGHTS_NAME).is_file():
+    if (folder / INDEX_NAME).exists():
+        return _files_of(folder, _weight_map(folder))
+    if (folder / WEIGHTS_NAME).exists():
         check_inside(folder, folder / WEIGHTS_NAME)
         return [folder / WEIGHTS_NAME]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -120,30 +109,33 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: must hold {WEIGHTS_NAME} or {INDEX_NAME}, got neither")
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: must be a whole safetensors file, got: {error}") from None
+def _weight_map(folder: Path) -> dict[str, str]:
+    check_inside(folder, folder / INDEX_NAME)
+    return read_weight_map(folder / INDEX_NAME)
+
+
+def _files_of(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+            raise CheckpointError(f"{folder / INDEX_NAME}: files must lie in the directory itself, got {name!r}")
+        if not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: must exist, the index names it; download the model again")
+        check_inside(folder, folder / name)
+    return [folder / name for name in names]
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     """Every tensor of some safetensors files by name, from their headers."""
     found: dict[str, TensorInfo] = {}
     for path in files:
-        check_header(path, _ITEMSIZES)
-        with _opened(path) as file:  # safetensors' own checks: sizes, overlaps, holes
-            begins = _begins(path)
-            for name in file.keys():  # noqa: SIM118  not a dict
-                part = file.get_slice(name)
-                code = part.get_dtype()
-                if code not in _DTYPES:
-                    raise CheckpointError(f"{path}: {name} must have a dtype that torch knows, got {code}")
-                if name in found:
-                    raise CheckpointError(f"{path}: {name} must occur once, got it also in {found[name].file.name}")
-                found[name] = TensorInfo(name, path, _DTYPES[code], tuple(part.get_shape()), begins[name])
+        begin, claims = read_header(path, _ITEMSIZES)
+        for name, claim in claims.items():
+            if name in found:
+                raise CheckpointError(f"{path}: {name} must occur once, got it also in {found[name].file.name}")
+            found[name] = TensorInfo(name, path, _DTYPES[claim.dtype], claim.shape, begin + claim.begin)
+        if len(found) > MAX_TENSORS_IN_ALL:
+            raise CheckpointError(f"{path.parent}: must have at most {MAX_TENSORS_IN_ALL} tensors, got more")
     return found
 
 
@@ -154,20 +146,15 @@ def raw_header(path: Path) -> bytes:
         return size + file.read(int.from_bytes(size, "little"))
 
 
-def _begins(path: Path) -> dict[str, int]:
-    """Where each tensor of a valid file begins."""
-    header = raw_header(path)
-    entries = json.loads(header[8:])
-    return {n: len(header) + e["data_offsets"][0] for n, e in entries.items() if n != "__metadata__"}
-
-
 def read_index(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a model directory by name, from the headers of its files."""
-    found = read_headers(weight_files(folder))
-    if (folder / INDEX_NAME).is_file():
-        for name in read_json(folder / INDEX_NAME)["weight_map"]:
-            if name not in found:
-                raise CheckpointError(f"{folder / INDEX_NAME}: {name} must be in its shard, got no such tensor")
+    if not (folder / INDEX_NAME).exists():
+        return read_headers(weight_files(folder))
+    weight_map = _weight_map(folder)
+    found = read_headers(_files_of(folder, weight_map))
+    for name in weight_map:
+        if name not in found:
+            raise CheckpointError(f"{folder / INDEX_NAME}: {name} must be in its shard, got no such tensor")
     return found
 
 

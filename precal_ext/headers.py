@@ -1,24 +1,34 @@
-"""Judging a file before it is opened: what a safetensors header claims, and whether a path stays in its directory.
+"""Judging files before they are used: what a safetensors header claims, what JSON holds, whether a path stays in its
+directory.
 
-safetensors' own reader takes the last of two equal keys, and shapes such as [0, 2**63]; it does not say what to do.
+safetensors' own reader takes the last of two equal keys, and shapes such as [0, 2**63], keeps 800 bytes a tensor, and
+does not say what to do.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import reprlib
+import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-# What safetensors' own reader accepts; a header of a thousand tensors has about 100 kB.
-MAX_HEADER_BYTES = 100_000_000
-# Of that, without the padding at its end: about 10**5 tensors. Python's objects take many times the bytes of their
-# text, so what is parsed is bounded by its length and by its commas and brackets: 500 MB at the very worst.
-_MAX_TEXT_BYTES = 2**25
-_MAX_ITEMS = 2**20
+# About 10**5 tensors, 150 bytes of header each; models of 10**12 weights have some thousand in a file. safetensors' own
+# limit is 100 MB.
+MAX_HEADER_BYTES = 20_000_000
+MAX_TENSORS = 2**17  # of a file
+MAX_INDEX_BYTES = 64_000_000  # three times that of a model of 420,000 tensors
+# Python's objects take many times the bytes of their text: what is parsed whole is bounded by its length and by its
+# commas and brackets.
+MAX_JSON_BYTES, MAX_JSON_ITEMS = 8_000_000, 2**20
+_MAX_STRING, _MAX_VALUE, _MAX_METADATA = 2**16, 2**12, 2**12  # bytes, bytes, strings
 _MAX_ELEMENTS = 2**63 - 1
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.DOTALL)
+_SPACE = re.compile(rb"[ \t\n\r]*")
 _repr = reprlib.Repr()
 _repr.maxstring = 80
 
@@ -42,72 +52,68 @@ def check_inside(folder: Path, path: Path) -> None:
     )
 
 
-def check_header(path: Path, itemsizes: Mapping[str, int]) -> None:
-    """Check everything that the header of a safetensors file claims against the size of the file.
+# ---- files -----------------------------------------------------------------------------------------------------------
 
-    Args:
-        itemsizes: bytes of an element, by safetensors' name of the dtype; the size of other dtypes is not checked.
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading: a pipe would be waited for, a device may have no end.
+
     Raises:
-        CheckpointError: the first tensor that cannot be, by name.
+        CheckpointError: it is something else, or cannot be read.
     """
-
-    def refuse(reason: str) -> None:
-        raise CheckpointError(f"{path}: must be a whole safetensors file, got: {reason}")
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8:
-            refuse(f"{size} bytes, too few for the length of a header")
-        if length > MAX_HEADER_BYTES:
-            refuse(f"a header of {length} bytes, more than {MAX_HEADER_BYTES}")
-        if length > size - 8:
-            refuse(f"a header of {length} bytes in a file of {size}")
-        text = file.read(length)
-    if reason := judge_header(text, size - 8 - length, itemsizes):
-        refuse(reason)
-
-
-def judge_header(text: bytes, data_bytes: int, itemsizes: Mapping[str, int]) -> str:
-    """Why a header cannot describe the ``data_bytes`` bytes that follow it; empty: it can. Never raises."""
-    text = text.rstrip(b" ")
-    if len(text) > _MAX_TEXT_BYTES:
-        return f"a header of {len(text)} bytes without its padding, more than {_MAX_TEXT_BYTES}"
-    if (items := sum(map(text.count, (b",", b"[", b"{")))) > _MAX_ITEMS:
-        return f"a header of {items} commas and brackets, more than {_MAX_ITEMS}"
     try:
-        entries = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
-        )
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: must be readable, got {error.strerror}") from None
+    mode = os.fstat(file).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(file)
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
+        raise CheckpointError(f"{path}: must be a plain file, got {kind}")
+    return os.fdopen(file, "rb")
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a plain file of at most ``most``."""
+    with open_plain(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        size = f"{path.stat().st_size:,}"
+        raise CheckpointError(f"{path}: must have at most {most:,} bytes, got {size}; that is no file of a model")
+    return data
+
+
+def read_object(path: Path, most: int = MAX_JSON_BYTES, items: int = MAX_JSON_ITEMS) -> dict[str, Any]:
+    """A JSON object in a file of at most ``most`` bytes, ``items`` commas and brackets.
+
+    Raises:
+        CheckpointError: it is none, or has equal keys, or is too large.
+    """
+    text = read_bounded(path, most)
+    if (count := sum(map(text.count, (b",", b"[", b"{")))) > items:
+        raise CheckpointError(f"{path}: must have at most {items:,} commas and brackets, got {count:,}")
+    try:
+        data = _loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: must be JSON, got {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _loads(text: bytes) -> Any:
+    """Any JSON value; raises ValueError, with a short message, and nothing else."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, duplicate keys, endless numbers
-        return f"a header that cannot be read: {_short(str(error)) or type(error).__name__}"
-    if not isinstance(entries, dict):
-        return f"a header that is a {type(entries).__name__}, no object"
-    metadata = entries.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    ):
-        return f"__metadata__ that is no object of strings: {_short(metadata)}"
-    spans = []
-    for name, entry in entries.items():
-        reason, begin, end = _judge(entry, itemsizes, data_bytes)
-        if reason:
-            return f"{_short(name)} with {reason}"
-        spans.append((begin, end, name))
-    reached, last = 0, "the header"
-    for begin, end, name in sorted(spans):
-        if begin != reached:
-            where = "inside" if begin < reached else "beyond the end of"
-            return f"{_short(name)} at byte {begin}, {where} {_short(last)} ({reached})"
-        reached, last = end, name
-    return f"{data_bytes} bytes of data, of which tensors take {reached}" if reached != data_bytes else ""
+        raise ValueError(_short(str(error)) or type(error).__name__) from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"{next(name for name in counts if counts[name] > 1)!r} twice")
+        raise ValueError(f"{_short(next(name for name in counts if counts[name] > 1))!r} twice")
     return found
 
 
@@ -116,31 +122,243 @@ def _refuse_constant(text: str) -> None:
 
 
 def _short(value: object) -> str:
-    """Of anything that a header may hold, as much as fits in a message, without what would steer a terminal."""
+    """Of anything that a file may hold, as much as fits in a message, without what would steer a terminal."""
     text = value[:200] if isinstance(value, str) else _repr.repr(value)
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _judge(entry: Any, itemsizes: Mapping[str, int], data_bytes: int) -> tuple[str, int, int]:
-    """Why an entry cannot be (empty: it can), and its offsets."""
+class _Walk:
+    """Goes through JSON text, a value at a time, so that no more than one of them is in memory."""
+
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+        self._at = 0
+
+    def next(self) -> bytes:
+        """The byte that comes after white space; empty at the end."""
+        space = _SPACE.match(self._text, self._at)
+        assert space is not None
+        self._at = space.end()
+        return self._text[self._at : self._at + 1]
+
+    def take(self, wanted: bytes) -> None:
+        if (got := self.next()) != wanted:
+            raise ValueError(f"{wanted.decode()!r} must be at byte {self._at}, got {_short(got.decode('latin-1'))!r}")
+        self._at += 1
+
+    def members(self) -> Iterator[str]:
+        """The names in the object that begins here; the caller takes the value of one before it asks for the next."""
+        self.take(b"{")
+        if self.next() != b"}":
+            while True:
+                name = self.string()
+                self.take(b":")
+                yield name
+                if self.next() == b"}":
+                    break
+                self.take(b",")
+        self.take(b"}")
+
+    def string(self, most: int = _MAX_STRING) -> str:
+        if self.next() != b'"':
+            raise ValueError(f"a string must begin at byte {self._at}")
+        value: str = self.value(most)
+        return value
+
+    def value(self, most: int = _MAX_VALUE) -> Any:
+        """Any value of at most so many bytes."""
+        self.next()
+        begin, end, depth = self._at, len(self._text), 0
+        for token in _TOKEN.finditer(self._text, begin, min(end, begin + most + 1)):
+            mark = token[0][:1]
+            depth += (mark in b"[{") - (mark in b"]}")
+            if depth < 0 or (depth == 0 and mark == b","):  # what ends a number or a word is not part of it
+                end = token.start()
+                break
+            if depth == 0:
+                end = token.end()
+                break
+        if end - begin > most:
+            raise ValueError(f"a value of more than {most} bytes at byte {begin}")
+        self._at = end
+        return _loads(self._text[begin:end])
+
+    def end(self) -> None:
+        if self.next():
+            raise ValueError(f"more than an object, from byte {self._at}")
+
+
+# ---- the header of a safetensors file --------------------------------------------------------------------------------
+
+
+class Claim(NamedTuple):
+    """What a header says of a tensor; offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path, itemsizes: Mapping[str, int]) -> tuple[int, dict[str, Claim]]:
+    """Bytes before the data, and every tensor that a safetensors file claims to have.
+
+    Args:
+        itemsizes: bytes of an element, by safetensors' name of the dtype.
+    Raises:
+        CheckpointError: the first tensor that cannot be, by name; its dtype, its size, its place in the file.
+    """
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if size < 8:
+                raise ValueError(f"{size} bytes, too few for the length of a header")
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(
+                    f"a header of {length} bytes, more than {MAX_HEADER_BYTES}; save the model in smaller files: "
+                    "save_pretrained(NEW, max_shard_size=...)"
+                )
+            return 8 + length, claims_of(file.read(length), size - 8 - length, itemsizes)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: must be a whole safetensors file, got: {error}") from None
+
+
+def judge_header(text: bytes, data_bytes: int, itemsizes: Mapping[str, int]) -> str:
+    """Why a header cannot describe the ``data_bytes`` bytes that follow it; empty: it can. Never raises."""
+    try:
+        claims_of(text, data_bytes, itemsizes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def claims_of(text: bytes, data_bytes: int, itemsizes: Mapping[str, int]) -> dict[str, Claim]:
+    """What a header says of the ``data_bytes`` bytes that follow it; raises ValueError when it cannot be."""
+    found: dict[str, Claim] = {}
+    try:
+        for name, value in _entries(text):
+            if name in found:
+                raise ValueError(f"{_short(name)!r} twice")
+            if len(found) == MAX_TENSORS:
+                raise _ClaimError(f"more than {MAX_TENSORS} tensors; save the model in smaller files")
+            found[name] = _judge(name, value, itemsizes, data_bytes)
+    except _ClaimError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"a header that cannot be read: {error}") from None
+    reached, last = 0, "the header"
+    for name in sorted(found, key=lambda name: (found[name].begin, found[name].end, name)):
+        if (begin := found[name].begin) != reached:
+            where = "inside" if begin < reached else "beyond the end of"
+            raise ValueError(f"{_short(name)} at byte {begin}, {where} {_short(last)} ({reached})")
+        reached, last = found[name].end, name
+    if reached != data_bytes:
+        raise ValueError(f"{data_bytes} bytes of data, of which tensors take {reached}")
+    return found
+
+
+class _ClaimError(ValueError):
+    """The header can be read, and what it says cannot be."""
+
+
+def _entries(text: bytes) -> Iterator[tuple[str, Any]]:
+    """Name and entry of every tensor of a header."""
+    walk, metadata = _Walk(text), False
+    for name in walk.members():
+        if name != "__metadata__":
+            yield name, walk.value()
+            continue
+        if metadata:
+            raise ValueError("'__metadata__' twice")
+        metadata = True
+        if walk.next() == b"n":  # null
+            walk.value()
+            continue
+        _read_metadata(walk)
+    walk.end()
+
+
+def _read_metadata(walk: _Walk) -> None:
+    """Strings by name: looked at, and forgotten."""
+    names: set[str] = set()
+    for name in walk.members():
+        if walk.next() != b'"':
+            raise _ClaimError(f"__metadata__ that is no object of strings: {_short(name)}: {_short(walk.value())}")
+        walk.string(2**20)
+        if name in names or len(names) == _MAX_METADATA:
+            raise ValueError(f"{_short(name)!r} twice" if name in names else f"more than {_MAX_METADATA} metadata")
+        names.add(name)
+
+
+def _judge(name: str, entry: Any, itemsizes: Mapping[str, int], data_bytes: int) -> Claim:
+    """The claim of an entry, when it can be."""
+
+    def refuse(what: str) -> _ClaimError:
+        return _ClaimError(f"{_short(name)} with {what}")
+
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        return f"an entry without dtype: {_short(entry)}", 0, 0
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        raise refuse(f"an entry without dtype: {_short(entry)}")
+    shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry["dtype"]
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= _MAX_ELEMENTS for n in shape):
-        return f"shape {_short(shape)}", 0, 0
+        raise refuse(f"shape {_short(shape)}")
     elements, largest = 1, 1
     for n in shape:
         elements *= n
         largest *= max(1, n)  # torch multiplies strides past a zero
-        if largest > _MAX_ELEMENTS:  # at once: the product of a million sizes would take hours
-            return f"shape {_short(shape)}, more elements than there can be", 0, 0
+        if largest > _MAX_ELEMENTS:
+            raise refuse(f"shape {_short(shape)}, more elements than there can be")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        return f"data_offsets {_short(offsets)}", 0, 0
+        raise refuse(f"data_offsets {_short(offsets)}")
     begin, end = offsets
     if not 0 <= begin <= end <= data_bytes:
-        return f"data_offsets {_short(offsets)} in {data_bytes} bytes of data", 0, 0
-    itemsize = itemsizes.get(entry["dtype"])
-    if itemsize is not None and end - begin != elements * itemsize:
-        what = f"{entry['dtype']} {_short(shape)}, which takes {elements * itemsize}"
-        return f"{end - begin} bytes for {what}", 0, 0
-    return "", begin, end
+        raise refuse(f"data_offsets {_short(offsets)} in {data_bytes} bytes of data")
+    if dtype not in itemsizes:
+        raise refuse(f"dtype {_short(dtype)}, which torch does not have")
+    if end - begin != elements * itemsizes[dtype]:
+        what = f"{dtype} {_short(shape)}, which takes {elements * itemsizes[dtype]}"
+        raise refuse(f"{end - begin} bytes for {what}")
+    return Claim(dtype, tuple(shape), begin, end)
+
+
+# ---- the index of a directory ----------------------------------------------------------------------------------------
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file of a ``model.safetensors.index.json``; raises CheckpointError."""
+    text, found = read_bounded(path, MAX_INDEX_BYTES), None
+    try:
+        walk = _Walk(text)
+        if walk.next() != b"{":
+            raise CheckpointError(f"{path}: must hold a JSON object, got {type(walk.value(2**20)).__name__}")
+        for key in walk.members():
+            if key != "weight_map":
+                walk.value(2**20)
+                continue
+            if found is not None:
+                raise ValueError("'weight_map' twice")
+            if walk.next() != b"{":
+                break
+            found = _strings(walk)
+        else:
+            walk.end()
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: must be JSON, got {error}") from None
+    if not found:
+        raise CheckpointError(f"{path}: must have a weight_map of tensor to file")
+    return found
+
+
+def _strings(walk: _Walk) -> dict[str, str]:
+    found: dict[str, str] = {}
+    files: dict[str, str] = {}  # one string for all that are equal
+    for name in walk.members():
+        if name in found:
+            raise ValueError(f"{_short(name)!r} twice")
+        value = walk.string()
+        found[name] = files.setdefault(value, value)
+    return found

@@ -27,6 +27,8 @@ KEYS = frozenset(
     for config in (QuantizeConfig(), QuantizeConfig(recipe="paper"))
     for key in WeightSpec.from_config(1, 1, config).tensors()
 )
+# Some 300 bytes and 20 commas a tensor.
+MAX_REPORT_BYTES, MAX_REPORT_ITEMS = 128_000_000, 2**23
 _INT = re.compile(r"\d+")
 
 
@@ -51,7 +53,7 @@ def read_recorded(folder: Path) -> Recorded | None:
     path = folder / REPORT_NAME
     if not path.is_file():
         return None
-    data = read_json(path)
+    data = read_json(path, MAX_REPORT_BYTES, MAX_REPORT_ITEMS)
 
     def refuse(what: str, got: Any) -> CheckpointError:
         return CheckpointError(f"{path}: {what}, got {str(got)[:80]!r}; it was not written by precal")
