@@ -55,12 +55,25 @@ def load(path: str | Path) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise CheckpointError(f"{folder}: running a model needs transformers; pip install 'precal[hf]'") from None
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: must have a tokenizer, got: {error}") from None
+    model = _from_pretrained(transformers.AutoModelForCausalLM, "model", folder, {"use_safetensors": True})
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, "tokenizer", folder, {})
     return model.eval(), tokenizer
+
+
+def _from_pretrained(loader: Any, what: str, folder: Path, options: dict[str, Any]) -> Any:
+    try:
+        # False and not the default, which asks on the terminal whether to run code of the model's directory.
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers raises for a directory that nobody has checked
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{folder}: must have a {what} that transformers knows, got one with code of its own, which this "
+                "command does not run; if you trust it, load it in Python: load_quantized(DIR, trust_remote_code=True)"
+            ) from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{folder}: must have a {what} that transformers can load, got: {lines[0]}") from error
 
 
 def read_windows(tokenizer: Any, path: Path, window: int, limit: int | None = None) -> list[list[int]]:

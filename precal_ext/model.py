@@ -287,7 +287,9 @@ def _load_with_transformers(folder: Path, kwargs: Mapping[str, Any]) -> nn.Modul
         ) from None
     load = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        model, info = load(folder, **{**kwargs, "output_loading_info": True})
+        # Code of the directory runs, and pickles are opened, only for who asks for it.
+        safe = {"trust_remote_code": False, "use_safetensors": True}
+        model, info = load(folder, **{**safe, **kwargs, "output_loading_info": True})
     except CheckpointError:
         raise
     except (ValueError, RuntimeError, OSError) as error:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import DEMO, Run, edit_config
 
-from precal_ext import QuantizeConfig, cli, load_quantized, quantize_checkpoint
+from precal_ext import CheckpointError, QuantizeConfig, cli, load_quantized, quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytest_plugins = ["package_fixtures"]
@@ -180,6 +180,62 @@ def test_a_reference_with_another_vocabulary_is_refused(run: Run, talking: Path,
     code, _, err = run("eval", talking, "--text", text, "--reference", other)
     assert code == 3
     assert "must have the tokenizer of" in err
+
+
+# ---- code of a stranger ----------------------------------------------------------------------------------------------
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import LlamaConfig as StrangeConfig, LlamaForCausalLM as StrangeModel
+from transformers import LlamaTokenizerFast as StrangeTokenizer
+"""
+
+
+@pytest.fixture(params=["model", "tokenizer"])
+def strange(request: pytest.FixtureRequest, talking_quantized: Path, tmp_path: Path) -> Path:
+    """A model directory whose model or tokenizer is code of its own, which leaves a file "ran" beside it."""
+    folder = shutil.copytree(talking_quantized, tmp_path / "model")
+    (folder / "strange.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    if request.param == "model":
+        auto = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeModel"}
+        edit_config(folder, model_type="strange", architectures=["StrangeModel"], auto_map=auto)
+    else:
+        data = json.loads((folder / "tokenizer_config.json").read_text())
+        data.update(tokenizer_class="StrangeTokenizer", auto_map={"AutoTokenizer": ["strange.StrangeTokenizer", None]})
+        (folder / "tokenizer_config.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "demo", "report"])
+def test_code_of_a_model_is_not_run(
+    run: Run, strange: Path, talking: Path, text: Path, tmp_path: Path, command: str
+) -> None:
+    arguments = {
+        "eval": ["--text", text],
+        "generate": ["Once"],
+        "demo": ["--text", text],
+        "report": ["--html", tmp_path / "page.html", "--original", talking, "--text", text],
+    }
+    code, _, err = run(command, strange, *arguments[command])
+    assert code == 3
+    assert err.startswith(f"precal: {strange}: must have a ")
+    assert "that transformers knows, got one with code of its own, which this command does not run; if you trust" in err
+    assert err.endswith("load it in Python: load_quantized(DIR, trust_remote_code=True)\n")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("strange", ["model"], indirect=True)
+def test_load_quantized_runs_code_for_who_asks_for_it(
+    strange: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(CheckpointError, match="trust_remote_code=True"):
+        load_quantized(strange)
+    assert not (tmp_path / "ran").exists()
+    load_quantized(strange, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,30 @@ def test_imports_point_down(path: Path) -> None:
 def test_only_ops_and_linear_call_torch_ops(path: Path) -> None:
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
     assert not [node.lineno for node in calls if ast.unparse(node).startswith("torch.ops.precal")]
+
+
+# Declared and never imported by name: torch's .numpy() needs it.
+UNSEEN = {"numpy"}
+# Imported and come with another: transformers needs the one, jinja2 the other.
+BROUGHT = {"huggingface_hub", "markupsafe"}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    ours = {"test", "bench", "dev"}  # not of the package
+    wanted = [*project["dependencies"], *(d for name in extras.keys() - ours for d in extras[name])]
+    declared = {re.match(r"[\w-]+", d)[0] for d in wanted}
+    imported = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    imported -= set(sys.stdlib_module_names) | {"precal_ext"}
+    assert imported - BROUGHT == declared - UNSEEN
 
 
 def test_the_rules_find_what_they_forbid(tmp_path: Path) -> None:
