@@ -227,7 +227,8 @@ def write_file(path: Path, text: str) -> None:
     """A small text file; ``appearing_at_once`` and ``Work`` see that it reaches the disk."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        _write_at(file, memoryview(text.encode("utf-8")), 0, path)
+        # Half a character, which JSON can write as \\ud800, stays what it is there.
+        _write_at(file, memoryview(text.encode("utf-8", "backslashreplace")), 0, path)
     finally:
         os.close(file)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
@@ -137,7 +138,7 @@ def _positive(text: str) -> int:
 
 def size_of(text: str) -> int:
     """Bytes of a size as people write it: 5GB, 500MB, 1.5 TB; powers of 1000, as transformers counts."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)B?", text.upper())
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"must be a size like 500MB or 5GB, got {text!r}")
@@ -162,7 +163,7 @@ def _config(args: argparse.Namespace) -> Any:
         path = Path(args.config)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RefusedError(f"{path}: must be a JSON file with settings, got: {error}") from None
         if not isinstance(fields, dict):
             raise RefusedError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
@@ -533,6 +534,9 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and models need not fit the terminal
     args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,9 +195,11 @@ def _run(
                 for member, sample in zip(sets[name], samples, strict=False):
                     if not bool(torch.isfinite(sample).all()):
                         check_finite(member.info, read_weight(member.info))
-                grids[name] = fit_set_grid(samples, settings) if samples else None
+                with _refused_by_name(sets[name]):
+                    grids[name] = fit_set_grid(samples, settings) if samples else None
                 samples.clear()
-            q = quantize_weight(w, settings, grids[name])
+            with _refused_by_name([job]):
+                q = quantize_weight(w, settings, grids[name])
             entries[job.info.name] = entry(job.decision, settings, w, q, _dtype(job.info))
         done += job.info.nbytes
         if progress is not None:
@@ -220,6 +223,16 @@ def _run(
     # In the order of the plan, whatever an earlier run had finished.
     names = [job.info.name for job in plan.jobs]
     return [entries[n] for n in names], {key: value for n in names for key, value in digests[n].items()}
+
+
+@contextlib.contextmanager
+def _refused_by_name(jobs: Sequence[Job]) -> Iterator[None]:
+    """Ops know where in a weight something is wrong, not in which of them."""
+    try:
+        yield
+    except ValueError as error:
+        names = " or ".join(job.info.name for job in jobs)
+        raise CheckpointError(f"{jobs[0].info.file}: {names} cannot be quantized: {error}") from None
 
 
 def _set_of(job: Job) -> str:

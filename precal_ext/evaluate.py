@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from precal_ext.checkpoint import CheckpointError, read_config, read_index
+from precal_ext.headers import check_settings
 
 DEFAULT_WINDOW = 256
 _BATCH = 8
@@ -49,13 +50,17 @@ class Evaluation:
 def load(path: str | Path) -> tuple[Any, Any]:
     """Model (eval mode) and tokenizer of a directory, quantized or not."""
     folder = Path(path)
-    read_config(folder)
-    read_index(folder)  # a damaged file is named before transformers trips over it
+    # A damaged file is named before transformers trips over it.
+    check_settings(folder, read_config(folder), len(read_index(folder)))
     try:
         import transformers
     except ImportError:
         raise CheckpointError(f"{folder}: running a model needs transformers; pip install 'precal[hf]'") from None
-    model = _from_pretrained(transformers.AutoModelForCausalLM, "model", folder, {"use_safetensors": True})
+    options = {"use_safetensors": True, "output_loading_info": True}
+    model, info = _from_pretrained(transformers.AutoModelForCausalLM, "model", folder, options)
+    if info["missing_keys"]:  # transformers fills them with noise
+        names = ", ".join(sorted(map(str, info["missing_keys"]))[:4])
+        raise CheckpointError(f"{folder}: every tensor of the model must be there, got none for {names}")
     tokenizer = _from_pretrained(transformers.AutoTokenizer, "tokenizer", folder, {})
     return model.eval(), tokenizer
 

@@ -127,6 +127,42 @@ def _short(value: object) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+_LAYER_COUNTS = frozenset(
+    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "num_encoder_layers"}
+    | {"decoder_layers", "encoder_layers", "num_nextn_predict_layers"}
+)
+_EXPERT_COUNTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
+
+
+_MAX_LABELS = 2**20  # transformers makes a name for each
+
+
+def impossible_settings(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
+    """What a config, or one inside it, must not ask of transformers: more modules than a checkpoint of so many tensors
+    can have, since building them would take as long as it says; and attention from the hub, which is foreign code."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from impossible_settings(value, tensors)
+        elif key in _LAYER_COUNTS or key in _EXPERT_COUNTS or key == "num_labels":
+            # A few more cost nothing: the experts of a layer may be one tensor together.
+            most = _MAX_LABELS if key == "num_labels" else max(tensors, 128 if key in _LAYER_COUNTS else 1024)
+            if value is not None and (not isinstance(value, int) or value > most):
+                yield f"{key} must be an integer, at most {most} with {tensors} tensors, got {_short(value)[:40]}"
+        elif key.endswith("attn_implementation") and isinstance(value, str) and "/" in value:
+            yield f"{key} must be attention that transformers has, got code of the hub: {_short(value)[:40]}"
+
+
+def check_settings(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Raises CheckpointError for what ``impossible_settings`` finds."""
+    for problem in impossible_settings(config, tensors):
+        raise CheckpointError(f"{folder / 'config.json'}: {problem}")
+
+
+# ---- JSON, a value at a time -----------------------------------------------------------------------------------------
+
+
 class _Walk:
     """Goes through JSON text, a value at a time, so that no more than one of them is in memory."""
 
@@ -152,6 +188,7 @@ class _Walk:
         if self.next() != b"}":
             while True:
                 name = self.string()
+                name.encode()  # half a character, which \\ud800 can write, belongs to no text
                 self.take(b":")
                 yield name
                 if self.next() == b"}":

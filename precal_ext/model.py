@@ -23,6 +23,7 @@ from precal_ext.checkpoint import (
 )
 from precal_ext.config import ModelFormat, QuantizeConfig, variants
 from precal_ext.convert import entry
+from precal_ext.headers import check_settings
 from precal_ext.linear import PrecalLinear
 from precal_ext.qtensor import WeightSpec
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
@@ -162,11 +163,14 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
         keys.setdefault(module_name, set()).add(leaf)
     swapped = []
     for name, module in find_linear_modules(model).items():
-        if not fmt.converts(name, prefix):
-            continue
         source = next((v for v in variants(name, prefix) if any(is_stored(k) for k in keys.get(v, ()))), None)
         if source is None:
             continue
+        if not fmt.converts(name, prefix):  # the host would make up a dense weight
+            file = stored[f"{source}.{next(iter(keys[source]))}"].file
+            raise CheckpointError(
+                f"{file}: {source} must be dense as modules_to_not_convert says, got a quantized weight"
+            )
         spec = WeightSpec.from_config(module.out_features, module.in_features, fmt.for_module(name, prefix))
         _check_headers(source, keys[source], spec, stored)
         dtype = None if module.bias is None else module.bias.dtype
@@ -262,6 +266,7 @@ def load_quantized(path: str | Path, model: nn.Module | None = None, **kwargs: A
     fmt = read_format(folder)
     index = read_index(folder)
     if model is None:
+        check_settings(folder, read_config(folder), len(index))
         return _load_with_transformers(folder, kwargs)
     if kwargs:
         raise TypeError(f"load_quantized: keyword arguments must go with model=None, got {', '.join(kwargs)}")

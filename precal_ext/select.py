@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from precal_ext.config import MODULE_FIELDS, ModelFormat, QuantizeConfig
+from precal_ext.headers import impossible_settings
 
 logger = logging.getLogger("precal")
 
@@ -246,6 +247,8 @@ def find_linears(
     matrices = {
         name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
     }
+    for problem in impossible_settings(model_config, len(shapes)):
+        raise SelectionError(f"{folder / 'config.json'}: {problem}")
     found = _from_transformers(folder, matrices)
     if found is None:
         architectures = [str(a) for a in model_config.get("architectures") or []]
@@ -324,16 +327,22 @@ def _linears_of(folder: Path) -> dict[str, Any]:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     except Exception as error:  # whatever a model's own code raises: the caller has another way
-        return {"error": f"version {transformers.__version__}: {error}"}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {"error": f"version {transformers.__version__}: {reason}"}
     head = model.get_output_embeddings()
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     linears = [(name, m is head, f"{name}.weight" in tied) for name, m in model.named_modules() if is_linear(m)]
     return {"prefix": model.base_model_prefix + ".", "linears": linears}
 
 
-# The child sees the modules that we see, and nothing else; its answer is the last line, whatever was printed before.
+# What the answer may take: a model of 10**5 modules needs a minute and 1 GB.
+ANSWER_SECONDS, ANSWER_MEMORY = 600.0, 8 << 30
+
+# The child sees the modules that we see, and nothing else; its answer is the last line, whatever was printed before. No
+# config makes it fill the memory.
 _CHILD = """
-import sys
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[3]),) * 2)
 sys.path[:] = sys.argv[1].split("\\n")
 from pathlib import Path
 from precal_ext.select import print_linears
@@ -347,8 +356,11 @@ def print_linears(folder: Path) -> None:
 
 
 def _ask_another_process(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", _CHILD, "\n".join(sys.path), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    command = [sys.executable, "-c", _CHILD, "\n".join(sys.path), str(folder), str(ANSWER_MEMORY)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer after {ANSWER_SECONDS} s"}
     try:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, IndexError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from precal_ext import _C
 from precal_ext.checkpoint import CheckpointError, TensorInfo, read_index, read_tensor
 from precal_ext.config import variants
 from precal_ext.digest import sha256
+from precal_ext.headers import impossible_settings
 from precal_ext.measure import measure
 from precal_ext.model import find_linear_modules, read_format
 from precal_ext.qtensor import QTensor, WeightSpec
@@ -40,9 +41,6 @@ LOAD_WARNING = (
 _ROW_PARALLEL = re.compile(
     r"(^|\.)(o_proj|out_proj|down_proj|c_proj|fc2|w2|wo|dense|dense_4h_to_h|proj_out|attention\.output)$"
 )
-
-_LAYER_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"})
-_EXPERT_COUNTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts"})
 
 
 @dataclass
@@ -304,7 +302,7 @@ def _check_model(result: Verification, stored: Stored, specs: Mapping[str, Weigh
     if importlib.util.find_spec("transformers") is None:
         result.skip("model", "not compared, transformers is not installed")
         return
-    too_large = list(_impossible_counts(stored.config, len(stored.index)))
+    too_large = list(impossible_settings(stored.config, len(stored.index)))
     if too_large:
         result.check("model", "", [f"{stored.folder / 'config.json'}: {problem}" for problem in too_large])
         return
@@ -319,18 +317,6 @@ def _check_model(result: Verification, stored: Stored, specs: Mapping[str, Weigh
         return
     name = type(model).__name__
     result.check("model", f"{name} has these tensors and no others", _against_model(stored, specs, model))
-
-
-def _impossible_counts(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
-    """Counts of modules in a config, or one inside it, that no checkpoint of so many tensors can have: building the
-    model would take as long as they say."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _impossible_counts(value, tensors)
-        elif value is not None and (key in _LAYER_COUNTS or key in _EXPERT_COUNTS):
-            most = tensors if key in _LAYER_COUNTS else max(tensors, 1024)  # experts may be one tensor together
-            if not isinstance(value, int) or value > most:
-                yield f"{key} must be an integer, at most {most} with {tensors} tensors, got {str(value)[:40]}"
 
 
 def _empty_model(folder: Path) -> tuple[Any, bool]:

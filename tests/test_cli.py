@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import Run, altered, digests, edit_config
+from models import Run, altered, digests, edit_config, environment
 
 from precal_ext import QuantizeConfig, cli, quantize_checkpoint, quantize_model
 from precal_ext.convert import Progress
@@ -181,11 +184,29 @@ REFUSED: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
         "must not be quantized",
     ),
     "unknown architecture": (no_linears, ["model", "out"], "must be known, got NewForCausalLM; .*--include REGEX"),
+    "a billion layers": (
+        lambda f: edit_config(f, num_hidden_layers=10**9),
+        ["model", "out"],
+        r"model/config\.json: num_hidden_layers must be an integer, at most 128 with 29 tensors, got 1000000000",
+    ),
+    "a billion layers inside": (
+        lambda f: edit_config(f, text_config={"num_layers": 10**9}),
+        ["model", "out"],
+        "num_layers must be an integer, at most 128",
+    ),
+    "a billion labels": (lambda f: edit_config(f, num_labels=10**9), ["model", "out"], "num_labels must be an integer"),
+    "attention of the hub": (
+        lambda f: edit_config(f, _attn_implementation="someone/attention"),
+        ["model", "out"],
+        "_attn_implementation must be attention that transformers has, got code of the hub: someone/attention",
+    ),
     "all excluded": (None, ["model", "out", "--exclude", "."], "must have linear layers to quantize"),
     "bad pattern": (None, ["model", "out", "--include", "("], "include must hold regular expressions"),
     "settings that contradict": (None, ["model", "out", "--recipe", "rtn", "--outliers", "1"], "c must be"),
     "no settings file": (None, ["model", "out", "--config", "none.json"], "must be a JSON file with settings"),
     "unknown setting": (None, ["model", "out", "--config", "unknown.json"], "got groups"),
+    "settings without end": (None, ["model", "out", "--config", "deep.json"], "must be a JSON file with settings"),
+    "out not writable": (None, ["model", "/sys/out"], r"/sys/out: must be writable, got .* for /sys/\.out\.partial"),
     "settings of no object": (None, ["model", "out", "--config", "list.json"], "must hold a JSON object, got list"),
 }
 
@@ -202,6 +223,7 @@ def test_a_refusal_has_a_message_and_leaves_nothing(
     Path("full/file").write_text("precious")
     Path("unknown.json").write_text('{"groups": 3}')
     Path("list.json").write_text("[]")
+    Path("deep.json").write_text("[" * 100_000)
     if damage is not None:
         damage(Path("model"))
     before = sorted(tmp_path.rglob("*")), digests(tmp_path)
@@ -211,6 +233,21 @@ def test_a_refusal_has_a_message_and_leaves_nothing(
     assert err.splitlines()[-1].startswith("precal: ")
     assert "Traceback" not in err
     assert (sorted(tmp_path.rglob("*")), digests(tmp_path)) == before
+
+
+def test_names_that_are_no_text(tmp_path: Path, tiny: Path) -> None:
+    """A folder may have any bytes for a name, and JSON half a character: neither ends the work at its last step."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "config.json").write_text((model / "config.json").read_text().replace("{", '{"half": "\\ud800",', 1))
+    out = os.fsencode(tmp_path) + b"/o\xff"
+    done = subprocess.run(
+        [sys.executable, "-m", "precal_ext", "quantize", str(model), out], env=environment(), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"weight files: " in done.stdout
+    written = Path(os.fsdecode(out))
+    assert json.loads((written / "config.json").read_text())["half"] == "\ud800"
+    assert (written / "README.md").read_text().startswith("# model, quantized")
 
 
 @pytest.mark.parametrize("recipe", ["precal", "rtn", "paper"])

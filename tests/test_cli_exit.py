@@ -95,6 +95,7 @@ def test_a_reader_that_leaves_is_no_error(tiny: Path, tmp_path: Path, options: l
     "arguments",
     [
         [], ["convert"], ["quantize"], ["quantize", "m"], ["quantize", "m", "o", "--fast"],
+        ["quantize", "m", "o", "--max-shard-size", "9" * 400 + "GB"], ["quantize", "m", "o", "--max-shard-size", "0"],
         ["quantize", "m", "o", "--bits", "four"], ["quantize", "m", "o", "--recipe", "awq"],
         ["eval", "m"], ["eval", "m", "--text", "t", "--window", "0"], ["generate", "m"],
         ["generate", "m", "p", "--temperature", "-1"], ["generate", "m", "p", "--temperature", "nan"],

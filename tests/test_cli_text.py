@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DEMO, Run, edit_config
+from models import DEMO, Run, altered, edit_config
 
 from precal_ext import CheckpointError, QuantizeConfig, cli, load_quantized, quantize_checkpoint
 
@@ -151,9 +151,24 @@ def test_a_text_that_cannot_be_used(
         lambda f: (f / "model.safetensors").unlink(),
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
         lambda f: edit_config(f, model_type="new-and-unknown"),
+        lambda f: edit_config(f, hidden_size="x"),
+        lambda f: edit_config(f, num_hidden_layers=10**9),
+        lambda f: edit_config(f, num_labels=10**9),
+        lambda f: edit_config(f, _attn_implementation="someone/attention"),
         lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
     ],
-    ids=["nothing there", "no config", "no weights", "truncated", "unknown architecture", "no tokenizer"],
+    ids=[
+        "nothing there",
+        "no config",
+        "no weights",
+        "truncated",
+        "unknown architecture",
+        "settings",
+        "layers",
+        "labels",
+        "attention of the hub",
+        "no tokenizer",
+    ],
 )
 def test_a_model_that_cannot_be_loaded_is_refused(
     run: Run,
@@ -180,6 +195,37 @@ def test_a_reference_with_another_vocabulary_is_refused(run: Run, talking: Path,
     code, _, err = run("eval", talking, "--text", text, "--reference", other)
     assert code == 3
     assert "must have the tokenizer of" in err
+
+
+# ---- what transformers would make up --------------------------------------------------------------------------------
+
+
+def dense_by_name(folder: Path) -> None:
+    """config.json says that a quantized weight is dense."""
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    settings["modules_to_not_convert"].append("model.layers.1.mlp.up_proj")
+    edit_config(folder, quantization_config=settings)
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_weight_that_is_dense_by_name_alone_is_refused(
+    run: Run, talking_quantized: Path, text: Path, tmp_path: Path, command: str
+) -> None:
+    folder = shutil.copytree(talking_quantized, tmp_path / "model")
+    dense_by_name(folder)
+    code, out, err = run(command, folder, *(["--text", text] if command == "eval" else ["Once"]))
+    assert (code, out) == (3, "")
+    assert "model.layers.1.mlp.up_proj must be dense as modules_to_not_convert says, got a quantized weight" in err
+    with pytest.raises(CheckpointError, match="must be dense as modules_to_not_convert says"):
+        load_quantized(folder)
+
+
+def test_a_model_that_lacks_a_weight_is_not_measured(run: Run, talking: Path, text: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = altered(talking, tmp_path / "model", lambda tensors: tensors.pop(name))
+    code, out, err = run("eval", folder, "--text", text)
+    assert (code, out) == (3, "")
+    assert err == f"precal: {folder}: every tensor of the model must be there, got none for {name}\n"
 
 
 # ---- code of a stranger ----------------------------------------------------------------------------------------------

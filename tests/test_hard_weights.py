@@ -70,8 +70,24 @@ def test_odd_shapes_and_values(tmp_path: Path, kind: str, dtype: torch.dtype, co
             assert sqnr_db(power, error) > least, (name, w.shape)
 
 
-def test_float8_is_refused(tmp_path: Path) -> None:
-    w = shapes.gaussian(4, 64).to(torch.float8_e4m3fn)
+def test_a_weight_beyond_the_scales_is_named(tmp_path: Path) -> None:
+    """3e38 is finite, and its row scale would not be."""
+    weights = {f"model.layers.0.mlp.{name}_proj.weight": shapes.gaussian(4, 64) for name in ("gate", "up")}
+    weights["model.layers.0.mlp.up_proj.weight"][1, 2] = 3e38
+    model = make(tmp_path / "model", weights)
+    for config, at in (
+        (QuantizeConfig(include=("_proj",)), r"gate_proj\.weight or model\.layers\.0\.mlp\.up_proj\.weight"),
+        (QuantizeConfig(include=("_proj",), grid="constant"), r"up_proj\.weight"),
+    ):
+        message = rf"model\.safetensors: model\.layers\.0\.mlp\.{at} cannot be quantized: .* got 3e\+38 at \[1, 2\]"
+        with pytest.raises(CheckpointError, match=message):
+            quantize_checkpoint(model, tmp_path / "out", config)
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_in_a_few_bits_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    w = shapes.gaussian(4, 64).to(dtype)
     model = make(tmp_path / "model", {"model.layers.0.mlp.up_proj.weight": w})
     with pytest.raises(CheckpointError, match=r"up_proj\.weight must be float32, float16, bfloat16 or float64"):
         quantize_checkpoint(model, tmp_path / "out", QuantizeConfig(include=("up_proj",)))

@@ -11,9 +11,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from models import Run, digests, environment, stored_tensors
+from models import Run, digests, environment, run_python, stored_tensors
 
-from precal_ext import quantize_checkpoint
+from precal_ext import cli, quantize_checkpoint
 from precal_ext.checkpoint import INDEX_NAME, ShardWriter
 from precal_ext.estimate import estimate
 from precal_ext.plan import BYTES_PER_ELEMENT, plan_quantization
@@ -66,6 +66,46 @@ def test_peak_memory(tmp_path: Path, dtype: torch.dtype, recipe: str) -> None:
     promised = re.search(r"memory at most ([\d.]+) MB", said)
     assert promised is not None
     assert peak <= float(promised[1]) * 1e6
+
+
+# Blocks as small tensors are, with something that stays behind each.
+HOLES = """
+import ctypes, re
+from precal_ext.cli import _return_freed_memory
+trim, c = _return_freed_memory(), ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def rss():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before, blocks = rss(), []
+for _ in range(400):
+    blocks.append(c.malloc(250_000))
+    ctypes.memset(blocks[-1], 1, 250_000)
+    c.malloc(10_000)
+for block in blocks:
+    c.free(block)
+freed = rss()
+trim()
+print(freed - before, rss() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's malloc and /proc")
+def test_holes_in_the_heap_are_given_back(tmp_path: Path) -> None:
+    done = run_python("-c", HOLES, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    freed, trimmed = map(int, done.stdout.split())  # kB
+    assert freed > 80_000
+    assert trimmed < 10_000
+
+
+def test_the_heap_is_looked_after_while_quantizing(
+    run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(cli, "_return_freed_memory", lambda: lambda: calls.append(1))
+    monkeypatch.setattr(cli, "TRIM_EVERY", 1)
+    assert run("quantize", tiny, tmp_path / "out", "--quiet")[0] == 0
+    assert len(calls) == 29
 
 
 def test_transformers_is_not_imported_by_the_command(tiny: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -291,6 +292,20 @@ def test_the_same_choice_without_transformers(monkeypatch: pytest.MonkeyPatch) -
     assert (without.names, without.heads, without.tied, without.absent) == (
         with_it.names, with_it.heads, with_it.tied, with_it.absent,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"), [("ANSWER_SECONDS", "no answer after"), ("ANSWER_MEMORY", "(Memory|memory|bad_alloc)")]
+)
+def test_a_config_that_takes_too_long_or_too_much_is_read_by_name(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: str, reason: str
+) -> None:
+    """transformers builds the model in a process of its own, which has an end."""
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setattr("precal_ext.select." + limit, 0.05 if limit == "ANSWER_SECONDS" else 20 << 20)
+    found = found_in(tiny)
+    assert found.source == "name patterns"
+    assert re.search(rf"transformers cannot build this model \(.*{reason}.*\); choosing by name", caplog.text)
 
 
 def test_an_unknown_architecture_asks_for_include(tiny: Path, tmp_path: Path, without_transformers: None) -> None:
