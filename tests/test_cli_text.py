@@ -233,8 +233,14 @@ def test_a_model_that_lacks_a_weight_is_not_measured(run: Run, talking: Path, te
 CODE = """
 from pathlib import Path
 Path({marker!r}).touch()
-from transformers import LlamaConfig as StrangeConfig, LlamaForCausalLM as StrangeModel
-from transformers import LlamaTokenizerFast as StrangeTokenizer
+import transformers
+# Classes of their own: transformers marks those that it takes from here.
+class StrangeConfig(transformers.LlamaConfig):
+    model_type = "strange"
+class StrangeModel(transformers.LlamaForCausalLM):
+    config_class = StrangeConfig
+class StrangeTokenizer(transformers.PreTrainedTokenizerFast):
+    pass
 """
 
 

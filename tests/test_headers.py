@@ -138,11 +138,12 @@ def entry_text(name: str, more: str = "") -> str:
         ('{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,' + "9" * 4000 + "]}}", "in 0 bytes of data"),
         ('{"__metadata__":{"a":1}}', "__metadata__ that is no object of strings: a: 1"),
         ("{" + entry_text("w", ',"more":NaN') + "}", "NaN, which is no JSON"),
-        ('{"a\\ud800\\u001b[2J":1}', "a\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[2J with"),
+        ('{"a\\u001b[2J":1}', "a\N{REPLACEMENT CHARACTER}[2J with"),
+        ('{"a\\ud800":1}', "surrogates not allowed"),
     ],
     ids=[
         "numbers", "twice", "product", "sizes", "tensors", "long", "much metadata", "long name", "name twice", "name",
-        "digits", "metadata", "NaN", "terminal",
+        "digits", "metadata", "NaN", "terminal", "half a character",
     ],
 )  # fmt: skip
 def test_a_header_that_wants_time_or_memory(header: str, message: str) -> None:
