@@ -90,3 +90,26 @@ def test_sqnr_of_one_recipe_on_one_matrix(tmp_path: Path) -> None:
     # 16 levels under a searched scale per 64 Gaussian weights: between plain rounding and the rate-distortion limit
     assert 4.1 < made["bits_per_weight"] < 4.3
     assert 19.5 < made["sqnr_db"] < 6.02 * made["bits_per_weight"]
+
+
+def test_the_table_of_faults_has_what_struck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from faults_table import faults_table
+
+    common = {"date": "2026-01-02", "every": 1, "settings": ["--recipe", "rtn"]}
+    memory = {"rss_bytes": 3.5e8, "bound_bytes": 4.6e8, "model_bytes": 2e9}
+    hits = {"hit": 7, "finished_with_the_same_bytes": 3}
+    table = faults_table([
+        {**common, "fault": "a read fails", "result": {"calls": 5, "struck": 4}},
+        {**common, "fault": "a read finds the end", "every": 10, "result": {"calls": 5, "struck": 4}},
+        {**common, "fault": "full tmpfs", "result": None},
+        {**common, "fault": "undisturbed", "result": memory},
+        {**common, "fault": "kill -9", "result": hits},
+        {**common, "fault": "SIGINT", "result": {**hits, "hit": 0}},
+    ])  # fmt: skip
+    assert table.splitlines()[2:] == [
+        "| every read fails once (EIO) | 4 | 0.4 MB, in pieces | 4 |",
+        "| `kill -9` at a random moment of the work | 7 | 2.00 GB, `--recipe rtn` | 3 |",
+        "",
+        "2026-01-02; peak of the process: 350 MB (promised 460) on 2.00 GB with `--recipe rtn`.",
+    ]
