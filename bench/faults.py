@@ -17,7 +17,7 @@ Makes a synthetic checkpoint of the given size, quantizes it once undisturbed (p
 After every fault OUT must be absent, or whole where it struck behind the last rename; the same command then ends with
 the bytes of the undisturbed run. Faults of calls are made by wrapping those of `os` in a forked child; the others are
 the system's own. Exits 1 at the first that fails. --every 10 breaks every tenth call only. Settings do not matter for
-what is written when; with "--recipe rtn" most of the time goes into reading and writing.
+what is written when; with --settings="--recipe rtn" most of the time goes into reading and writing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -449,7 +451,7 @@ def main() -> None:
     parser.add_argument("--interrupts", type=int, default=20, help="of every other kind that is random (default 20)")
     parser.add_argument("--every", type=int, default=1, help="of the calls that fail one by one (default 1: all)")
     parser.add_argument(
-        "--settings", type=str.split, default=[], help='of the large model, as "--recipe rtn" (default: none)'
+        "--settings", type=str.split, default=[], help='of the large model: --settings="--recipe rtn" (default: none)'
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -461,12 +463,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     settings.extend(arguments.settings)
     options = {key: getattr(arguments, key) for key in ("size", "kills", "interrupts", "every", "seed", "settings")}
+    # Where it worked is nobody's business.
+    said = re.sub(r" --(folder|out)[ =]\S+", "", shlex.join(["python", "bench/faults.py", *sys.argv[1:]]))
     with tempfile.TemporaryDirectory(prefix="precal-faults-", dir=arguments.folder) as folder:
         for name, result in campaign(Path(folder), arguments):
             print(f"{name}: {json.dumps(result)}", flush=True)
             if arguments.out is not None:
                 with open(arguments.out, "a") as file:
-                    row = {**facts("bench/faults.py"), **options, "fault": name, "result": result}
+                    row = {**facts("bench/faults.py"), "command": said, **options, "fault": name, "result": result}
                     file.write(json.dumps(row) + "\n")
 
 
