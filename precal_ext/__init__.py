@@ -11,7 +11,7 @@ from precal_ext.checkpoint import CheckpointError
 from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import quantize_checkpoint
 from precal_ext.integrations.transformers import register_when_imported
-from precal_ext.linear import PrecalLinear
+from precal_ext.linear import PrecalLinear, set_activations
 from precal_ext.model import load_quantized, quantize_model, save_quantized
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import Report
@@ -33,4 +33,5 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "save_quantized",
+    "set_activations",
 ]

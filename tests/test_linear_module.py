@@ -14,7 +14,7 @@ from shapes import generator, student_t
 from test_qtensor import quantize
 from torch import Tensor, nn
 
-from precal_ext import PrecalLinear, QTensor, QuantizeConfig, WeightSpec, load_quantized
+from precal_ext import PrecalLinear, QTensor, QuantizeConfig, WeightSpec, load_quantized, ops
 
 pytest_plugins = ["package_fixtures"]
 
@@ -59,6 +59,35 @@ def test_forward_is_the_linear_of_the_dequantized_weight(recipe: str, dtype: tor
     assert y.shape == (2, 3, N)
     error = (y.double() - expected).norm() / expected.norm()
     assert error <= (1e-4 if dtype == torch.float32 else 4e-3)
+
+
+def test_with_and_without_gradients_the_bits_are_the_same(recipe: str) -> None:
+    """Without them the call goes below autograd, on a path of its own."""
+    module, x = make(recipe), inputs()
+    with_gradients = module(x.clone().requires_grad_())
+    with torch.no_grad():
+        without = module(x)
+    with torch.inference_mode():
+        inference = module(x)
+    assert with_gradients.requires_grad and not without.requires_grad
+    assert same_bytes(with_gradients.detach(), without) and same_bytes(without, inference.clone())
+    leaf = without.requires_grad_()  # an ordinary tensor that can be trained on
+    leaf.sum().backward()
+    assert leaf.grad is not None
+
+
+def test_the_activation_mode_is_the_modules_own(recipe: str) -> None:
+    module, x = make(recipe), inputs()
+    for mode in ("f32", "a16", "a8"):
+        module.activations = mode
+        expected = ops.linear(x, module.prepacked, module.bias, *module.spec.op_arguments(), mode)
+        for copied in (module, copy.deepcopy(module)):
+            with torch.no_grad():
+                assert same_bytes(copied(x), expected)
+            assert same_bytes(copied(x.clone().requires_grad_()).detach(), expected)
+    module.activations = "int8"
+    with pytest.raises(RuntimeError, match="linear: activations must be f32, a16 or a8, got int8"), torch.no_grad():
+        module(x)
 
 
 def test_before_prepack_nothing_runs(recipe: str) -> None:
