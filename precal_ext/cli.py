@@ -115,6 +115,9 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--alpha", type=float, metavar="SHARE", help="paper recipe: share of salient weights (default 0.05)"
     )
+    group.add_argument(
+        "--lm-head", type=int, metavar="N", help="bits of the output head, 8 or 4 (default: left as it is)"
+    )
     group.add_argument("--include", action="append", metavar="REGEX", help="quantize these modules too; repeatable")
     group.add_argument("--exclude", action="append", metavar="REGEX", help="leave these modules alone; repeatable")
     group.add_argument(
@@ -167,8 +170,8 @@ def _config(args: argparse.Namespace) -> Any:
             raise RefusedError(f"{path}: must be a JSON file with settings, got: {error}") from None
         if not isinstance(fields, dict):
             raise RefusedError(f"{path}: must hold a JSON object, got {type(fields).__name__}")
-    names = ("bits", "recipe", "group_size", "c", "grid", "trellis", "alpha", "include", "exclude", "skip_nonfinite")
-    for name in names:
+    names = "bits recipe group_size c grid trellis alpha lm_head include exclude skip_nonfinite"
+    for name in names.split():
         value = getattr(args, name)
         if value is not None:
             fields[name] = value

@@ -16,6 +16,7 @@ RECIPES = ("precal", "paper", "rtn")
 GRIDS = ("fitted", "constant", "uniform")
 SCOPES = ("tensor", "row", "group")
 NORMALIZE = ("none", "row", "group")
+HEAD_BITS = (8, 4)
 
 _GROUP_SIZE = {"precal": 64, "paper": 128, "rtn": 128}
 # Fields that a module may have of its own; everything else belongs to the whole model.
@@ -53,6 +54,8 @@ class QuantizeConfig:
         fit_rounds: Lloyd-Max rounds on the histogram, 0 to 100.
         mu: weight of the KL term in the fit, >= 0 (why 0.03: docs/method.md).
         alpha, scope, normalize: share and unit of the salient weights of the paper recipe; alpha in [0, 1].
+        lm_head: bits of the output head, 8 or 4, its other settings those of the model; None leaves it as it is. A head
+            that shares its weight with the embedding gets one of its own, beside the dense embedding.
         include, exclude: regular expressions (``re.search`` on the module name) that add modules to the automatic
             choice or take them away; ``exclude`` wins.
         skip_nonfinite: leave a weight that holds NaN or an infinity as it is, and its fusion set with it, instead of
@@ -74,6 +77,7 @@ class QuantizeConfig:
     alpha: float = 0.05
     scope: str = "tensor"
     normalize: str = "none"
+    lm_head: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     skip_nonfinite: bool = False
@@ -112,6 +116,9 @@ class QuantizeConfig:
         _check("alpha", self.alpha, _is_number(self.alpha) and 0 <= self.alpha <= 1, "a number in [0, 1]")
         _check("scope", self.scope, self.scope in SCOPES, f"one of {', '.join(SCOPES)}")
         _check("normalize", self.normalize, self.normalize in NORMALIZE, f"one of {', '.join(NORMALIZE)}")
+        contract = f"one of {', '.join(map(str, HEAD_BITS))}, or none"
+        good = self.lm_head is None or (_is_int(self.lm_head) and self.lm_head in HEAD_BITS)
+        _check("lm_head", self.lm_head, good, contract)
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             _check(name, patterns, isinstance(patterns, (list, tuple)), "a list of regular expressions")
@@ -134,14 +141,15 @@ class QuantizeConfig:
             changed.setdefault("grid", None)  # its default depends on the width
         if self.trellis and (changed.get("grid", self.grid) != self.grid or "bits" in changed):
             changed.setdefault("trellis", None)  # its default depends on both
-        return dataclasses.replace(self, overrides={}, **changed)
+        return dataclasses.replace(self, lm_head=None, overrides={}, **changed)
 
-    def for_module(self, name: str) -> QuantizeConfig:
-        """The settings of one module: the first override whose pattern is found in its name, applied."""
-        for pattern, fields in self.overrides.items():
-            if re.search(pattern, name):
-                return self._with(fields)
-        return self if not self.overrides else self._with({})
+    def for_module(self, name: str, head: bool = False) -> QuantizeConfig:
+        """The settings of one module: the first override whose pattern is found in its name, applied; ``lm_head``
+        decides the bits of an output head."""
+        found = next((fields for pattern, fields in self.overrides.items() if re.search(pattern, name)), {})
+        if head and self.lm_head is not None:
+            found = {**found, "bits": self.lm_head}
+        return self._with(found) if self.overrides or self.lm_head is not None else self
 
     @property
     def uniform(self) -> bool:

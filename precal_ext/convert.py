@@ -113,7 +113,10 @@ def run_plan(
     experts = sum(is_expert(job.info.name) for job in plan.jobs)
     if experts:
         report.notes.append(f"{experts} {EXPERTS_NOTE.replace('weight', 'weights')}: most of this model stays as it is")
-    report.bytes_before = sum(job.info.nbytes for job in plan.jobs)
+    report.bytes_before = sum(job.nbytes_in for job in plan.jobs)
+    apart = sum(job.nbytes_out for job in plan.jobs if job.source is not None)
+    if apart:
+        report.notes.append(f"the output head has a weight of its own now, beside the embedding's: {apart:,} bytes")
     work = Work(plan.out, {**plan.header, "linears": plan.found.to_dict()}, overwrite)
     try:
         _check_room(plan, work)
@@ -132,7 +135,9 @@ def run_plan(
         if fingerprint(plan.model, weight_files(plan.model)) != plan.known:
             raise CheckpointError(f"{plan.model}: must stay as it is while it is quantized, got changed files")
         fmt = model_format(plan.decisions, plan.config, plan.found.absent, plan.found.model_names)
-        write_file(work.new / "config.json", _json({**plan.model_config, "quantization_config": fmt.to_dict()}))
+        tying = {"tie_word_embeddings": False} if plan.untied else {}
+        model_config = {**plan.model_config, **tying, "quantization_config": fmt.to_dict()}
+        write_file(work.new / "config.json", _json(model_config))
         copy_other_files(plan.model, work.new)
         report.bytes_after = sum(p.stat().st_size for p in work.new.glob("*.safetensors"))
         write_file(work.new / REPORT_NAME, report.to_json())
@@ -176,7 +181,7 @@ def _run(
     def read(job: Job) -> tuple[Tensor, list[Tensor]] | None:
         if job.spec is None or job.decision is None:
             return None
-        fitted = first[_set_of(job)] is job and not plan.config.for_module(job.module).uniform
+        fitted = first[_set_of(job)] is job and not job.decision.settings(plan.config).uniform
         members = sets[job.decision.fusion_set] if fitted else []
         samples = [read_sample(member.info, max(1, SAMPLE // len(members))) for member in members]
         return read_weight(job.info), samples
@@ -190,7 +195,7 @@ def _run(
         else:
             w, samples = given
             check_finite(job.info, w)
-            settings, name = plan.config.for_module(job.module), job.decision.fusion_set
+            settings, name = job.decision.settings(plan.config), job.decision.fusion_set
             if name not in grids:
                 for member, sample in zip(sets[name], samples, strict=False):
                     if not bool(torch.isfinite(sample).all()):
@@ -317,6 +322,8 @@ def model_card(source: str, out: str, report: Report) -> str:
     settings = f"recipe {c.recipe}, {c.bits} bits, group size {c.group_size}, c = {c.c}, {c.grid} grid"
     if c.split:
         settings += f", alpha = {c.alpha}"
+    if c.lm_head is not None:
+        settings += f", output head {c.lm_head} bits"
     lines = [
         f"# {source}, quantized by precal",
         "",

@@ -130,9 +130,10 @@ def describe(plan: Plan, job: Job) -> dict[str, Any]:
     else:
         s = job.spec
         data.update(action="quantize", reason=job.decision.reason, fusion_set=job.decision.fusion_set, bits=s.bits)
-        data.update(group_size=s.group_size, c=s.c, grid=plan.config.for_module(job.module).grid, trellis=s.trellis)
+        settings = job.decision.settings(plan.config)
+        data.update(group_size=s.group_size, c=s.c, grid=settings.grid, trellis=s.trellis)
         data["bits_per_weight"] = s.bits_per_weight()
-    return {**data, "bytes_before": job.info.nbytes, "bytes_after": job.nbytes_out}
+    return {**data, "bytes_before": job.nbytes_in, "bytes_after": job.nbytes_out}
 
 
 def to_dict(plan: Plan, cost: Estimate) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
     """Replace the linear layers of a model by ``PrecalLinear``, in place, all of them or none.
 
     The choice is that of ``precal quantize``: every ``nn.Linear`` but output heads, tied weights and routers, with
-    ``include`` and ``exclude`` of the config; fusion sets share settings and grid. The result is the same, bit for bit.
+    ``lm_head``, ``include`` and ``exclude`` of the config; fusion sets share settings and grid. The result is the same,
+    bit for bit.
 
     Args:
         model: any module on the CPU; a transformers model can be saved with ``save_pretrained`` afterwards.
@@ -57,7 +58,8 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
         raise SelectionError("quantize_model: the model must not be quantized yet, got one with PrecalLinear modules")
     linears = find_linear_modules(model)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    decisions = decide(linears, config, _heads(model, linears), _tied(model, linears), model_type)
+    tied = _tied(model, linears)
+    decisions = decide(linears, config, _heads(model, linears), tied, model_type)
     if config.skip_nonfinite:
         places = {d.module: first_nonfinite(linears[d.module].weight) for d in decisions if d.quantized}
         reasons = {m: f"holds {linears[m].weight[at].item()} at {list(at)}" for m, at in places.items() if at}
@@ -73,13 +75,14 @@ def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Re
     replacements: dict[int, PrecalLinear] = {}
     for d in decisions:
         module = linears[d.module]
-        report.bytes_before += module.weight.nbytes
+        # What a tied head takes is the embedding's, which stays.
+        report.bytes_before += 0 if d.quantized and d.module in tied else module.weight.nbytes
         dtype = str(module.weight.dtype).removeprefix("torch.")
         if not d.quantized:
             report.entries.append(Entry(f"{d.module}.weight", "keep", d.reason, tuple(module.weight.shape), dtype))
             report.bytes_after += module.weight.nbytes
             continue
-        settings = config.for_module(d.module)
+        settings = d.settings(config)
         if d.fusion_set not in grids:
             members = {m.module: linears[m.module] for m in sets[d.fusion_set]}
             grids[d.fusion_set] = _fit(members, settings)

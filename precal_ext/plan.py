@@ -45,6 +45,12 @@ class Job:
     info: TensorInfo
     decision: Decision | None  # None: not a linear weight
     spec: WeightSpec | None  # None: copied
+    source: str | None = None  # another tensor of the model, whose weight it is made from: a tied head has none
+
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes of the model that it stands for."""
+        return self.info.nbytes if self.source is None else 0
 
     @property
     def module(self) -> str:
@@ -94,6 +100,14 @@ class Plan:
             "max_shard_size": self.max_shard_bytes,
             "model": dict(self.known),
         }
+
+    @property
+    def untied(self) -> bool:
+        """Whether an output head gets a weight of its own that shared one with the embedding."""
+        return any(
+            d.quantized and d.head and (d.module in self.found.tied or d.module in self.found.shared)
+            for d in self.decisions
+        )
 
     @property
     def largest(self) -> int:
@@ -157,11 +171,13 @@ def plan_quantization(
         found = LinearModules.from_dict(before["linears"])  # asked once, when the run was begun
     else:
         found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
-    decisions = decide(found.names, config, found.heads, found.tied, _model_type(model_config))
-    jobs = _jobs(index, {d.module: d for d in decisions}, config)
+    shared = found.shared if config.lm_head is not None else {}
+    heads, tied = {*found.heads, *shared}, {*found.tied, *shared}
+    decisions = decide([*found.names, *shared], config, heads, tied, _model_type(model_config))
+    jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
     if config.skip_nonfinite:
         decisions = keep_sets_of(decisions, _nonfinite(jobs))
-        jobs = _jobs(index, {d.module: d for d in decisions}, config)
+        jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
     if not any(job.spec for job in jobs):
         raise CheckpointError(
             f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
@@ -176,9 +192,17 @@ def _as_json(data: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(data)))
 
 
-def _jobs(index: Mapping[str, TensorInfo], decisions: Mapping[str, Decision], config: QuantizeConfig) -> list[Job]:
+def _jobs(
+    index: Mapping[str, TensorInfo],
+    decisions: Mapping[str, Decision],
+    config: QuantizeConfig,
+    shared: Mapping[str, str],
+) -> list[Job]:
     jobs = []
-    for info in index.values():
+    sources = {f"{module}.weight": name for module, name in shared.items() if decisions[module].quantized}
+    # The weight of a tied head is where the embedding's is.
+    apart = [dataclasses.replace(index[source], name=name) for name, source in sources.items()]
+    for info in (*index.values(), *apart):
         decision = decisions.get(info.name.removesuffix(".weight")) if info.name.endswith(".weight") else None
         spec = None
         if decision is not None and decision.quantized:
@@ -189,8 +213,8 @@ def _jobs(index: Mapping[str, TensorInfo], decisions: Mapping[str, Decision], co
                 )
             if 0 in info.shape:
                 raise CheckpointError(f"{info.file}: {info.name} must have elements, got shape {list(info.shape)}")
-            spec = WeightSpec.from_config(info.shape[0], info.shape[1], config.for_module(decision.module))
-        jobs.append(Job(info, decision, spec))
+            spec = WeightSpec.from_config(info.shape[0], info.shape[1], decision.settings(config))
+        jobs.append(Job(info, decision, spec, sources.get(info.name)))
     return jobs
 
 

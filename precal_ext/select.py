@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ logger = logging.getLogger("precal")
 # Left alone unless --include names them: the output head, and the routers of mixtures of experts, whose few weights
 # decide which experts run.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|score|classifier)$|^(head|output)$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)$")
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)(\.|$)")
 
 # Without transformers: the linear layers of the architectures whose names are known.
@@ -65,16 +66,22 @@ class Decision:
     Args:
         module: its name.  action: "quantize" or "keep".  reason: why, in a few words.
         fusion_set: name of the set it shares its grid and settings with; its own name when it is alone.
+        head: whether it is an output head, whose bits are ``QuantizeConfig.lm_head``'s.
     """
 
     module: str
     action: str
     reason: str
     fusion_set: str
+    head: bool = False
 
     @property
     def quantized(self) -> bool:
         return self.action == "quantize"
+
+    def settings(self, config: QuantizeConfig) -> QuantizeConfig:
+        """The module's own."""
+        return config.for_module(self.module, self.head)
 
 
 def keep_sets_of(decisions: Sequence[Decision], found: Mapping[str, str]) -> list[Decision]:
@@ -106,6 +113,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
+def is_head(module: str) -> bool:
+    """Whether a module is called as output heads are."""
+    return _HEAD.search(module) is not None
+
+
 def is_expert(module: str) -> bool:
     """One of the experts of a mixture: on disk a linear weight, in memory a slice of one tensor for all of them."""
     return _EXPERT.search(module) is not None
@@ -125,30 +137,40 @@ def decide(
         heads: those known to be output heads.  tied: those that share their weight with another module.
         model_type: transformers' name of the architecture; some need a linear or two as they are.
     Raises:
-        SelectionError: ``include`` names a tied module, or a fusion set would get unequal settings.
+        SelectionError: ``include`` names a tied module, ``lm_head`` finds no head, or a fusion set would get unequal
+            settings.
     """
     rewritten = _REWRITTEN.get(model_type)
     decisions = []
     for name in linears:
+        head = name in heads or is_head(name)
         included = _first_match(config.include, name)
         excluded = _first_match(config.exclude, name)
         keep = ""
         if excluded is not None:
             keep = f"excluded by {excluded!r}"
+        elif head and config.lm_head is not None:
+            pass
         elif name in tied:
             if included is not None:
                 raise SelectionError(
-                    f"select: {name} must not be included, it shares its weight with the embedding; untie them first"
+                    f"select: {name} must not be included, it shares its weight with the embedding; "
+                    "--lm-head BITS gives it one of its own"
                 )
             keep = "shares its weight with the embedding"
         elif rewritten is not None and rewritten.search(name):
             keep = f"rescaled in place by the {model_type} model"
-        elif included is None and (name in heads or _HEAD.search(name)):
+        elif included is None and head:
             keep = "output head"
         elif included is None and _ROUTER.search(name):
             keep = "router"
         reason = keep or (f"included by {included!r}" if included is not None else "linear layer")
-        decisions.append(Decision(name, "keep" if keep else "quantize", reason, fusion_set_of(name)))
+        if head and not keep and config.lm_head is not None:
+            reason = "output head, apart from the embedding" if name in tied else "output head"
+        decisions.append(Decision(name, "keep" if keep else "quantize", reason, fusion_set_of(name), head))
+    if config.lm_head is not None and not any(d.head and d.quantized for d in decisions):
+        some = ", ".join(d.module for d in decisions if d.head) or "none"
+        raise SelectionError(f"select: --lm-head must find an output head that is not excluded, got {some}")
     _check_sets(decisions, config)
     return decisions
 
@@ -166,7 +188,7 @@ def _check_sets(decisions: Sequence[Decision], config: QuantizeConfig) -> None:
     for d in decisions:
         if not d.quantized:
             continue
-        fields = _module_fields(config.for_module(d.module))
+        fields = _module_fields(d.settings(config))
         first, expected = settings.setdefault(d.fusion_set, (d.module, fields))
         if fields != expected:
             raise SelectionError(
@@ -184,21 +206,23 @@ def model_format(
     """What ``config.json`` says of these decisions.
 
     Args:
-        absent: linear modules of the model without a weight of their own in the checkpoint (a tied head).
+        absent: linear modules of the model without a weight of their own in the checkpoint (a tied head); those that
+            get one all the same are named only as quantized.
         names: checkpoint name -> name in the model, where they differ.
     """
     names = names or {}
     base = config._with({})
     overrides = {}
     for d in decisions:
-        fields = _module_fields(config.for_module(d.module))
+        fields = _module_fields(d.settings(config))
         if d.quantized and fields != _module_fields(base):
             changed = {k: v for k, v in fields.items() if v != getattr(base, k)}
             if "bits" in changed:
                 changed["grid"] = fields["grid"]  # a reader derives the grid from the width unless told
             overrides[names.get(d.module, d.module)] = changed
     kept = [names.get(d.module, d.module) for d in decisions if not d.quantized]
-    return ModelFormat(base, tuple(dict.fromkeys([*kept, *sorted(absent)])), overrides)
+    kept += sorted(set(absent) - {d.module for d in decisions if d.quantized})
+    return ModelFormat(base, tuple(dict.fromkeys(kept)), overrides)
 
 
 # ---- the linear modules of a checkpoint -----------------------------------------------------------------------------
@@ -214,6 +238,7 @@ class LinearModules:
         absent: linears of the model without a weight of their own in the checkpoint, by name in the model.
         model_names: checkpoint name -> name in the model, where they differ.
         source: how they were found.
+        shared: output head that is absent -> the tensor of the checkpoint whose weight it uses.
     """
 
     names: tuple[str, ...]
@@ -222,6 +247,7 @@ class LinearModules:
     absent: frozenset[str]
     model_names: Mapping[str, str]
     source: str
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``from_dict`` gives the same back."""
@@ -266,9 +292,11 @@ def find_linears(
         head = {"lm_head"}
         tied = head if model_config.get("tie_word_embeddings") else set()
         names |= head & matrices
-        found = LinearModules(
-            tuple(names), frozenset(head & matrices), frozenset(tied & matrices), frozenset(head - matrices), {}, source
-        )
+        embeddings = [name + ".weight" for name in sorted(matrices) if _EMBEDDING.search(name)]
+        untied = model_config.get("tie_word_embeddings") is False  # some tie by default, and do not say so
+        shared = {"lm_head": embeddings[0]} if head - matrices and len(embeddings) == 1 and not untied else {}
+        sets = frozenset(head & matrices), frozenset(tied & matrices), frozenset(head - matrices)
+        found = LinearModules(tuple(names), *sets, {}, source, shared)
     extra = {name for name in matrices - set(found.names) if _first_match(config.include, name) is not None}
     if found.source == "transformers" and extra:
         some = ", ".join(sorted(extra)[:3])
@@ -298,27 +326,33 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
         if answer is not None:
             logger.warning("transformers cannot build this model (%s); choosing by name", answer["error"])
         return None
-    names, heads, tied, absent, model_names = set(), set(), set(), set(), {}
-    for name, is_head, is_tied in answer["linears"]:
-        # Checkpoints of a base model lack its prefix.
-        stored = name if name in matrices else name.removeprefix(answer["prefix"])
+
+    def stored_as(name: str) -> str:
+        """Checkpoints of a base model lack its prefix."""
+        return name if name in matrices else name.removeprefix(answer["prefix"])
+
+    names, heads, tied, absent, model_names, shared = set(), set(), set(), set(), {}, {}
+    for name, the_head, tied_to in answer["linears"]:
+        stored = stored_as(name)
         if stored not in matrices:
             absent.add(name)
+            if the_head and tied_to is not None and stored_as(tied_to) in matrices:
+                shared[name] = stored_as(tied_to) + ".weight"
             continue
         names.add(stored)
         if stored != name:
             model_names[stored] = name
-        if is_head:
+        if the_head:
             heads.add(stored)
-        if is_tied:
+        if tied_to is not None:
             tied.add(stored)
-    return LinearModules(
-        tuple(names), frozenset(heads), frozenset(tied), frozenset(absent), model_names, "transformers"
-    )
+    sets = frozenset(heads), frozenset(tied), frozenset(absent)
+    return LinearModules(tuple(names), *sets, model_names, "transformers", shared)
 
 
 def _linears_of(folder: Path) -> dict[str, Any]:
-    """The linear modules of transformers' model, built without memory: name, whether it is the head, whether tied."""
+    """The linear modules of transformers' model, built without memory: name, whether it is the head, which module it
+    shares its weight with."""
     import transformers
 
     try:
@@ -330,8 +364,8 @@ def _linears_of(folder: Path) -> dict[str, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {"error": f"version {transformers.__version__}: {reason}"}
     head = model.get_output_embeddings()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    linears = [(name, m is head, f"{name}.weight" in tied) for name, m in model.named_modules() if is_linear(m)]
+    tied = {k: v.removesuffix(".weight") for k, v in (getattr(model, "all_tied_weights_keys", None) or {}).items()}
+    linears = [(name, m is head, tied.get(f"{name}.weight")) for name, m in model.named_modules() if is_linear(m)]
     return {"prefix": model.base_model_prefix + ".", "linears": linears}
 
 

@@ -20,6 +20,7 @@ from precal_ext.measure import Figures, measure, sqnr_db
 from precal_ext.model import header_problems, read_format
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME
+from precal_ext.select import is_head
 
 # Last parts of the names by which a weight is known to be quantized.
 KEYS = frozenset(
@@ -242,6 +243,9 @@ class Original:
             CheckpointError: it is not there, or has another shape.
         """
         info = self.index.get(module + ".weight")
+        if info is None and is_head(module):  # one that shares its weight with the embedding
+            same = [i for i in self.index.values() if i.shape == (spec.N, spec.K)]
+            info = same[0] if len(same) == 1 else None
         if info is None:
             raise CheckpointError(f"{self.folder}: must be the original of this model, got no {module}.weight in it")
         if info.shape != (spec.N, spec.K):

@@ -98,7 +98,11 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def attach(model: Any, fmt: ModelFormat) -> None:
-    """What ``save_pretrained`` looks for."""
+    """What ``save_pretrained`` looks for; an output head with a weight of its own is tied to nothing any more."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in [n for n in tied if isinstance(model.get_submodule(n.rpartition(".")[0]), PrecalLinear)]:
+        del tied[name]
+        model.config.tie_word_embeddings = False
     config = PrecalConfig.from_format(fmt)
     quantizer = PrecalHfQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
