@@ -12,7 +12,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
 
-.PHONY: demo test lint build bench-recipes bench-quality bench-cpu fuzz tsan clean
+.PHONY: demo test lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
 
 # What `make fuzz` runs; the campaigns of docs/reliability.md had a million of each.
 FUZZ ?= 1000000
@@ -52,6 +52,12 @@ bench-quality: build
 # docs/performance.md and the README's speeds, on a quiet machine; peers that are installed take part (bench/README.md).
 bench-cpu: build
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/cpu.py $(BENCH_ARGS)
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
+
+# The part of docs/performance.md about whole models; a quiet machine, 6 minutes, 3 GB of disk.
+bench-models: build
+	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[hf]"
+	PATH="$(BIN):$$PATH" $(BIN)/python bench/models.py $(BENCH_ARGS)
 	PATH="$(BIN):$$PATH" $(BIN)/python bench/report.py
 
 # Random calls of every op under ASan and UBSan, and random headers.

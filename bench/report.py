@@ -352,10 +352,11 @@ def main() -> None:
     recipes, fits, tried = rows("recipes.jsonl"), rows("fit.jsonl"), rows("tried.jsonl")
     quality, sqnr = rows("quality.jsonl"), rows("sqnr.jsonl")
     speed, quoted = rows("cpu.jsonl"), rows("cpu_quoted.jsonl")
+    models, heads = rows("models.jsonl"), rows("head.jsonl")
     docs = ROOT / "docs"
     readme, method = ROOT / "README.md", docs / "method.md"
     front = replace(readme.read_text(encoding="utf-8"), "performance", readme_performance(speed))
-    wanted = {docs / "performance.md": performance_page(speed, quoted)}
+    wanted = {docs / "performance.md": performance_page(speed, quoted, models, heads)}
     if recipes:
         front = replace(front, "recipes", readme_table(recipes))
         wanted[docs / "results.md"] = results_page(recipes)

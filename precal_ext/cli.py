@@ -73,6 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     g.add_argument("--json", action="store_true", help="print text and speed as JSON")
 
+    b = command("bench", _bench, "tokens per second of a quantized directory beside its original, and where they go")
+    b.add_argument("model", metavar="DIR", help="directory written by precal")
+    b.add_argument("--original", metavar="MODEL", help="model it was made from, measured in the same rounds")
+    b.add_argument("--tokens", type=_positive, default=32, metavar="N", help="written one by one (default 32)")
+    b.add_argument("--prompt-length", type=_positive, default=512, metavar="N", help="tokens before (default 512)")
+    b.add_argument("--rounds", type=_positive, default=5, metavar="N", help="turns of each model (default 5)")
+    b.add_argument("--threads", type=_positive, metavar="N", help="default: all that this process may use")
+    b.add_argument("--activations", choices=("f32", "a16", "a8"), default="a16", help="of the quantized layers (a16)")
+    b.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of everything else and of MODEL (default: bfloat16 where the CPU has it, else float32)",
+    )
+    b.add_argument("--json", action="store_true", help="print the figures as JSON")
+
     d = command("demo", _demo, "quantize a model to 4 and 3 bits and compare: size, loss, speed, text")
     d.add_argument("model", metavar="MODEL", nargs="?", help="model directory (default: the embedded one)")
     d.add_argument("--text", metavar="FILE", help="text to measure on (default: the embedded one)")
@@ -392,6 +408,23 @@ def _generate(args: argparse.Namespace) -> int:
     else:
         print(result.text)
         print(f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} per second", file=sys.stderr)
+    return EXIT_OK
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from precal_ext import bench
+
+    speed = bench.bench(
+        args.model,
+        None if args.original is None else _resolve_model(args.original),
+        tokens=args.tokens,
+        prompt_length=args.prompt_length,
+        rounds=args.rounds,
+        threads=args.threads,
+        activations=args.activations,
+        dtype=args.dtype,
+    )
+    print(json.dumps(speed.to_dict()) if args.json else "\n".join(bench.lines(speed)))
     return EXIT_OK
 
 

@@ -47,8 +47,9 @@ class Evaluation:
         return asdict(self)
 
 
-def load(path: str | Path) -> tuple[Any, Any]:
-    """Model (eval mode) and tokenizer of a directory, quantized or not."""
+def load_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of a directory, quantized or not, in eval mode; ``dtype`` of what is not quantized (default: as
+    stored)."""
     folder = Path(path)
     # A damaged file is named before transformers trips over it.
     check_settings(folder, read_config(folder), len(read_index(folder)))
@@ -56,13 +57,23 @@ def load(path: str | Path) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise CheckpointError(f"{folder}: running a model needs transformers; pip install 'precal[hf]'") from None
-    options = {"use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    if dtype is not None:
+        options["dtype"] = dtype
     model, info = _from_pretrained(transformers.AutoModelForCausalLM, "model", folder, options)
     if info["missing_keys"]:  # transformers fills them with noise
         names = ", ".join(sorted(map(str, info["missing_keys"]))[:4])
         raise CheckpointError(f"{folder}: every tensor of the model must be there, got none for {names}")
-    tokenizer = _from_pretrained(transformers.AutoTokenizer, "tokenizer", folder, {})
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def load(path: str | Path) -> tuple[Any, Any]:
+    """Model (eval mode) and tokenizer of a directory, quantized or not."""
+    folder = Path(path)
+    model = load_model(folder)
+    import transformers
+
+    return model, _from_pretrained(transformers.AutoTokenizer, "tokenizer", folder, {})
 
 
 def _from_pretrained(loader: Any, what: str, folder: Path, options: dict[str, Any]) -> Any:

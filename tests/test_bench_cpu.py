@@ -282,7 +282,7 @@ def test_a_peer_is_compared_with_the_same_run_and_kind_only(load: Any) -> None:
 
 def test_the_page_has_every_peer_limit_and_run(load: Any) -> None:
     performance, report = load("performance"), load("report")
-    page = performance.performance_page(DATA, report.rows("cpu_quoted.jsonl"))
+    page = performance.performance_page(DATA, report.rows("cpu_quoted.jsonl"), [], [])
     assert "## A CPU, avx512, 2 threads" in page and "### 4096x4096" in page
     assert "| int8 dot (vpdpbusd), Gop/s | 2000 | 2000 | 2000 |" in page
     assert "| slow int8 | a8 | 4.25 | 300, 50% read | - | 1.0e-03 |" in page

@@ -58,6 +58,8 @@ ORDER = [
     "linear",
     "model",
     "evaluate",
+    "bench_worker",
+    "bench",
     "survey",
     "verify",
     "charts",
