@@ -236,12 +236,13 @@ def rounding_bound(x: Tensor, w: Tensor, span: int, mode: str) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("bits", "group_size"),
-    [(4, 16), (4, 48), (3, 32), (4, 32), (3, 64), (4, 64), (3, 96), (4, 128), (3, 192), (4, 1024)],
+    [(4, 16), (4, 48), (3, 32), (4, 32), (3, 64), (4, 64), (3, 96), (4, 128), (3, 192), (4, 1024), (8, 16), (8, 64)],
 )
 def test_rounded_activations_keep_their_bound(isa: str, bits: int, group_size: int, kind: str, mode: str) -> None:
+    more = {} if (bits, kind) == (8, "trellis") else KINDS[kind]  # 8 bits have no trellis; only uniform ones are integers
     for i, K in enumerate([1, 44, 64, 172, 257, 600, 2304]):
         N, M = [17, 40, 3][i % 3], [1, 3, 4, 7, 9, 16, 33][(i + group_size) % 7]
-        weight = shapes.random_weight(i, N, K, bits, group_size, i % 3, **KINDS[kind])
+        weight = shapes.random_weight(i, N, K, bits, group_size, i % 3, **more)
         w, x = ops.dequantize(*weight), activations(M, K, i)
         x[0] *= 1e-20  # scales are each row's own
         error = (linear(x, weight, mode=mode).double() - reference.linear(x, w)).abs()
@@ -249,9 +250,9 @@ def test_rounded_activations_keep_their_bound(isa: str, bits: int, group_size: i
 
 
 @pytest.mark.parametrize("mode", ROUNDING)
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_a_row_does_not_see_the_others(isa: str, bits: int, mode: str) -> None:
-    weight = shapes.random_weight(0, 50, 600, bits, 64, c=1, trellis=True)
+    weight = shapes.random_weight(0, 50, 600, bits, 64, c=1, **KINDS["uniform" if bits == 8 else "trellis"])
     prepacked, x = ops.prepack(*weight), activations(150, 600)
     alone = torch.cat([linear(row[None], weight, None, prepacked, mode) for row in x])
     for M in (*range(2, 42), 63, 64, 65, 127, 128, 129, 150):  # every width of a panel, every kernel
@@ -263,11 +264,12 @@ def test_a_row_does_not_see_the_others(isa: str, bits: int, mode: str) -> None:
 
 @pytest.mark.skipif(not {"avx2", "avx512"} <= set(ISAS), reason="compares AVX2 and AVX-512")
 @pytest.mark.parametrize("mode", ROUNDING)
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_vector_isas_give_the_same_bits(bits: int, mode: str) -> None:
     """The integers are the same, and the float operations and their order are."""
     for i, (M, K) in enumerate([(1, 300), (4, 2304), (9, 600), (40, 4096)]):
-        weight = shapes.random_weight(i, 50, K, bits, 64, c=i % 3, trellis=i % 2 == 0)
+        kind = "uniform" if bits == 8 else "trellis" if i % 2 else "plain"
+        weight = shapes.random_weight(i, 50, K, bits, 64, c=i % 3, **KINDS[kind])
         x, prepacked = activations(M, K, i), ops.prepack(*weight)
         results = []
         for isa in ("avx2", "avx512"):

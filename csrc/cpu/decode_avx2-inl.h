@@ -5,6 +5,7 @@
 //   one
 //           xor; two tables of 16, of even and odd levels, are blended by the bit of the code before.
 //           3 bits: per 96 bytes of eight steps 21 instructions of history, then 6 a step; one table of 16.
+//           8 bits (uniform): 1 instruction.
 //   scalar  code by code, the specification.
 #pragma once
 
@@ -23,6 +24,7 @@ struct LevelTables {
 static void make_tables(const LinearArgs& args, LevelTables* out) {
   const bool trellis = format::is_trellis(args.format);
   out->cross = trellis ? 0xFF : 0;
+  if (args.format.bits == 8) return;  // uniform: level = code - 128
   for (int t = 0; t < 2; ++t) {
     for (int i = 0; i < 32; ++i) {
       const int index = i % 16;
@@ -53,6 +55,12 @@ struct ChunkDecoder {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const uint8_t* from = codes + half * 32;
+      if constexpr (kBits == 8) {
+        for (int s = 0; s < registers; ++s) {
+          emit(s, half, _mm256_xor_si256(load256(from + s * 64), _mm256_set1_epi8(char(0x80))));
+        }
+        continue;
+      }
       const __m256i last = load256(from + (registers - 1) * 64);
       __m256i h = _mm256_or_si256(_mm256_slli_epi32(last, 8), _mm256_srli_epi32(before[half], 24));
       h = _mm256_and_si256(_mm256_and_si256(h, _mm256_set1_epi32(int32_t(keep))), cross);
@@ -118,6 +126,7 @@ struct ChunkDecoder {
     constexpr int kBytes = int(format::kRegisterBytes);
     const int steps = registers * 8 / kBits;
     const auto code_at = [&](int t, int i) -> uint32_t {
+      if (kBits == 8) return codes[t * kBytes + i];
       if (kBits == 4) return (codes[t / 2 * kBytes + i] >> (t % 2 * 4)) & 15u;
       const uint8_t* eight = codes + t / 8 * 3 * kBytes + i;
       const int s = t % 8;
@@ -133,6 +142,10 @@ struct ChunkDecoder {
       }
       for (int t = 0; t < steps; ++t) {
         const uint32_t code = code_at(t, i);
+        if (kBits == 8) {
+          levels[t * kBytes + i] = int8_t(int(code) - 128);
+          continue;
+        }
         const uint32_t index = tables.cross != 0 ? format::trellis_index(&state, code) : code;
         levels[t * kBytes + i] =
             kBits == 3 ? tables.table[0][tables.cross != 0 ? index : 2 * index]

@@ -3,6 +3,7 @@
 //
 //   4 bits   per register of 128 codes: 1 bit permutation, 2 selects, 2 byte lookups
 //   3 bits   per 3 registers of 512 codes: 1 bit permutation, 2 shifts, 9 selects, 8 byte lookups
+//   8 bits   (uniform) the code is level + 128
 //   A chunk adds 5 to 6 instructions: the history of its first step.
 //   A trellis code's two bits of history lie in the same byte of the register before, so it costs no more than a plain
 //   one: the tables alone differ.
@@ -36,6 +37,7 @@ static uint8_t level_byte(const LinearArgs& args, bool trellis, uint32_t code, u
 
 static void make_tables(const LinearArgs& args, LevelTables* out) {
   const bool trellis = format::is_trellis(args.format);
+  if (args.format.bits == 8) return;
   for (uint32_t i = 0; i < 64; ++i) {
     const auto bit = [i](int b) { return (i >> b) & 1u; };
     if (args.format.bits == 4) {
@@ -63,8 +65,8 @@ constexpr uint64_t bit_rows(int b0, int b1, int b2, int b3, int b4, int b5) {
 // Decodes the chunks of kTiles tiles in order, side by side; keeps the bits that the next chunk needs.
 template <int kBits, int kTiles>
 struct ChunkDecoder {
-  static constexpr int kTables = kBits == 4 ? 2 : 8;
-  __m512i tables[kTables];
+  static constexpr int kTables = kBits == 8 ? 0 : kBits == 4 ? 2 : 8;
+  __m512i tables[kTables > 0 ? kTables : 1];
   __m512i before[kTiles];  // of the last register of the chunk before
 
   PRECAL_FORCE_INLINE explicit ChunkDecoder(const LevelTables& t) {
@@ -81,10 +83,23 @@ struct ChunkDecoder {
   }
 
   // emit(t, i, w[kTiles]): levels + 128 of step t, t = i mod 4 (4 bits) or i mod 8 (3 bits) with i a constant.
-  // `registers` of a chunk: a multiple of 2 (4 bits) or 3. `keep` has zero bytes where a block of the trellis begins.
+  // `registers` of a chunk: a multiple of 2 (4 bits), 3 or 4 (8 bits). `keep` has zero bytes where a block of the
+  // trellis begins.
   template <typename Emit>
   PRECAL_FORCE_INLINE void decode(const uint8_t* codes, int64_t tile_bytes, int registers, uint32_t keep,
                                   const Emit& emit) {
+    if constexpr (kBits == 8) {
+      for (int s = 0; s < registers; s += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          __m512i w[kTiles];
+#pragma GCC unroll 2
+          for (int j = 0; j < kTiles; ++j) w[j] = load512(codes + j * tile_bytes + (s + i) * 64);
+          emit(s + i, i, w);
+        }
+      }
+      return;
+    }
     __m512i h[kTiles];
     const __m512i kept = _mm512_set1_epi32(int32_t(keep));
 #pragma GCC unroll 2

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Canonical codes -> chunks (format/interleave.h), 16 rows x 64 columns at a time: AVX-512 VBMI.
 //
-//   4 bits   two such pieces are 64 bytes of a row; its bytes permuted are 16 steps of 4 columns, one word each; then
+//   4, 8 bits  64 bytes of a row, permuted, are 16 words: a byte of each of the four byte lanes; then
 //            16 x 16 words are turned over. About 10 instructions per 64 bytes.
 //   3 bits   24 bytes of a row are eight times eight codes. Each eight goes to a quarter of a lane; a choice of 8 bits
 //   of
@@ -15,11 +15,11 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 #if defined(PRECAL_INT8_AVX512)
 
-static void interleave_four(const uint8_t* rows, int64_t row_bytes, int64_t chunk, int64_t pieces, uint8_t* codes) {
-  const int64_t lane = chunk / 8;  // bytes of a byte lane of a chunk
+// `lane`: bytes of a byte lane of a chunk.
+static void interleave_bytes(const uint8_t* rows, int64_t row_bytes, int64_t lane, int64_t pieces, uint8_t* codes) {
   alignas(64) uint8_t order[64];
   for (int64_t i = 0; i < 64; ++i) {
-    const int64_t step = i / 4;  // of two codes
+    const int64_t step = i / 4;  // of two codes or one
     order[i] = uint8_t(step / lane * 4 * lane + i % 4 * lane + step % lane);
   }
   const __m512i permutation = load512(order);
@@ -73,8 +73,12 @@ static void interleave_three(const uint8_t* rows, int64_t row_bytes, int64_t chu
 static int64_t interleave_rows(const format::WeightFormat& f, const format::TileLayout& t, const uint32_t* rows,
                                uint8_t* codes) {
   const int64_t columns = f.bits == 4 ? 128 : 64, pieces = f.K / columns, row_bytes = format::num_words(f) * 4;
-  const auto interleave = f.bits == 4 ? interleave_four : interleave_three;
-  interleave(reinterpret_cast<const uint8_t*>(rows), row_bytes, t.chunk, pieces, codes);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(rows);
+  if (f.bits == 3) {
+    interleave_three(bytes, row_bytes, t.chunk, pieces, codes);
+  } else {
+    interleave_bytes(bytes, row_bytes, t.chunk * f.bits / 32, pieces, codes);
+  }
   return pieces * columns / t.chunk;
 }
 

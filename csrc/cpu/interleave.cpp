@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Eight codes that follow each other lie in one byte lane of a chunk, so they move together. 4 bits: a canonical byte
-// is two codes, and two steps are a byte of a register, so bytes are only moved. 3 bits: three canonical bytes are
+// Eight codes that follow each other lie in one byte lane of a chunk, so they move together. 4 and 8 bits: a canonical
+// byte is two codes or one, as is a byte of a register, so bytes are only moved. 3 bits: three canonical bytes are
 // eight codes; their low bits become one byte, the pairs of upper bits two.
 #include "cpu/interleave.h"
 
@@ -46,7 +46,7 @@ void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t*
                      int64_t first_chunk, uint8_t* codes) {
   const int64_t rows = std::min(kTileRows, f.N - first_row), row_bytes = format::num_words(f) * 4;
   const int64_t lane_bytes = t.chunk * f.bits / 32;  // canonical bytes of one byte lane of a chunk
-  uint8_t padded[4 * 32];                            // a row's chunk: at most 64 codes of 4 bits
+  uint8_t padded[64];                                // a row's chunk: at most 64 codes of 8 bits
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* row = reinterpret_cast<const uint8_t*>(words + (first_row + r) * format::num_words(f));
     for (int64_t n = first_chunk; n < t.num_chunks; ++n) {
@@ -58,7 +58,7 @@ void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t*
         from = padded;
       }
       uint8_t* to = codes + n * t.chunk_bytes + 4 * r;
-      if (f.bits == 4) {
+      if (f.bits != 3) {
         for (int64_t s = 0; s < lane_bytes; ++s) {
           for (int64_t j = 0; j < 4; ++j) to[s * kRegisterBytes + j] = from[j * lane_bytes + s];
         }
@@ -81,12 +81,12 @@ void chunks_to_words(const WeightFormat& f, const TileLayout& t, const uint8_t* 
                      uint32_t* words) {
   const int64_t rows = std::min(kTileRows, f.N - first_row), row_bytes = format::num_words(f) * 4;
   const int64_t lane_bytes = t.chunk * f.bits / 32;
-  uint8_t whole[4 * 32];
+  uint8_t whole[64];
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* row = reinterpret_cast<uint8_t*>(words + (first_row + r) * format::num_words(f));
     for (int64_t n = 0; n < t.num_chunks; ++n) {
       const uint8_t* from = codes + n * t.chunk_bytes + 4 * r;
-      if (f.bits == 4) {
+      if (f.bits != 3) {
         for (int64_t s = 0; s < lane_bytes; ++s) {
           for (int64_t j = 0; j < 4; ++j) whole[j * lane_bytes + s] = from[s * kRegisterBytes + j];
         }

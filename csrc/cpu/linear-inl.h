@@ -24,6 +24,7 @@ PRECAL_INLINE I32 codes_of_column(const format::TileLayout& layout, const uint8_
   const int inside = int(k & (layout.chunk - 1)), t = inside & int(layout.chunk / 4 - 1);
   const int byte = (inside >> (log_chunk - 2)) * 8;
   const int32_t* chunk = reinterpret_cast<const int32_t*>(tile + layout.codes + (k >> log_chunk) * layout.chunk_bytes);
+  if (kBits == 8) return shift_right(load_words(chunk + t * kTile), byte);
   if (kBits == 4) return shift_right(load_words(chunk + (t / 2) * kTile), byte + 4 * int(t % 2));
   const int32_t* eight = chunk + (t / 8) * 3 * kTile;
   const int s = int(t % 8);
@@ -52,7 +53,7 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
       }
     }
     I32 codes;
-    if ((kBits == 3 || kBits == 4) && args.layout.chunk > 0) {
+    if ((kBits == 3 || kBits == 4 || kBits == 8) && args.layout.chunk > 0) {
       codes = codes_of_column<kBits>(args.layout, tile, k);
     } else {
       const int64_t bit = k * kBits;

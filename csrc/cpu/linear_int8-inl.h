@@ -282,7 +282,9 @@ static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end
       }
     }
     for (int64_t t = first; t < last; ++t) {
-      (args.format.bits == 3 ? int8_tile<3> : int8_tile<4>)(args, tables, t, scratch + (t - first) * tile_floats);
+      (args.format.bits == 3   ? int8_tile<3>
+       : args.format.bits == 4 ? int8_tile<4>
+                               : int8_tile<8>)(args, tables, t, scratch + (t - first) * tile_floats);
     }
   }
 }

@@ -346,8 +346,10 @@ static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end
   LevelTables tables;
   make_tables(args, &tables);
   using Kernel = void (*)(const LinearArgs&, const LevelTables&, int64_t, int64_t, float*);
-  static constexpr Kernel kKernels[2][2] = {{int8_tiles<3, 1>, int8_tiles<3, 2>}, {int8_tiles<4, 1>, int8_tiles<4, 2>}};
-  kKernels[args.format.bits - 3][args.q.planes - 1](args, tables, begin, end, scratch);
+  static constexpr Kernel kKernels[3][2] = {
+      {int8_tiles<3, 1>, int8_tiles<3, 2>}, {int8_tiles<4, 1>, int8_tiles<4, 2>}, {int8_tiles<8, 1>, int8_tiles<8, 2>}};
+  const int width = args.format.bits == 3 ? 0 : args.format.bits == 4 ? 1 : 2;
+  kKernels[width][args.q.planes - 1](args, tables, begin, end, scratch);
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

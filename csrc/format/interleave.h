@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes of 3 and 4 bits in the order in which a CPU eats them: 64 bytes are 16 rows x 4 columns, ready for a dot
-// product of four bytes, and the bits that a trellis code needs of its predecessors lie at the same byte of the
+// Codes of 3, 4 and (uniform) 8 bits in the order in which a CPU eats them: 64 bytes are 16 rows x 4 columns, ready for
+// a dot product of four bytes, and the bits that a trellis code needs of its predecessors lie at the same byte of the
 // register before.
 //
 // A row is cut into chunks of 64, 32 or 16 columns, the largest that divides the group size. A chunk has T = chunk / 4
@@ -10,6 +10,8 @@
 //
 // So the code before (r, j, t) is the same byte one step earlier; at t = 0 it is byte j - 1 of the chunk's last step,
 // or byte 3 of the chunk before.
+//
+//   8 bits: a register holds one step.
 //
 //   4 bits: a register holds two steps.        bit  7 6 5 4   3 2 1 0
 //                                                  | t + 1  |   t    |
@@ -32,11 +34,11 @@ namespace precal::format {
 constexpr int64_t kRegisterBytes = 64;
 
 // Columns of a chunk, or 0 when codes of this width and group size stay words (prepacked.h).
-PRECAL_INLINE int64_t chunk_columns(int bits, int64_t group_size) {
-  if (bits != 3 && bits != 4) return 0;
+PRECAL_INLINE int64_t chunk_columns(int bits, bool uniform, int64_t group_size) {
+  if (bits != 3 && bits != 4 && !(bits == 8 && uniform)) return 0;
   if (group_size % 64 == 0) return 64;
   if (group_size % 32 == 0) return 32;
-  return bits == 4 && group_size % 16 == 0 ? 16 : 0;
+  return bits != 3 && group_size % 16 == 0 ? 16 : 0;
 }
 
 // Bytes of one chunk of 16 rows.

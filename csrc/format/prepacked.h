@@ -13,7 +13,7 @@
 //     scale          [groups][16]       e4m3 or float16
 //     outlier_scale  [groups][16]       as scale; split only
 //     mask           [ceil(K/8)][16]    uint8; split only
-//     codes          [chunks][...]      3 and 4 bits: interleave.h
+//     codes          [chunks][...]      3, 4 and uniform 8 bits: interleave.h
 //       or           [words][16]        other widths, odd group sizes, split: int32, the bit stream word by word
 //   Rows past N are zero everywhere, so they contribute nothing.
 #pragma once
@@ -64,7 +64,7 @@ PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
   t.mask = offset;
   if (f.split) offset = round_up(offset + mask_bytes_per_row(f) * kTileRows, 64);
   t.codes = offset;
-  t.chunk = f.split ? 0 : chunk_columns(f.bits, f.group_size);
+  t.chunk = f.split ? 0 : chunk_columns(f.bits, is_uniform(f), f.group_size);
   t.num_chunks = t.chunk > 0 ? ceil_div(f.K, t.chunk) : 0;
   t.chunk_bytes = chunk_bytes(f.bits, t.chunk);
   offset = round_up(offset + (t.chunk > 0 ? t.num_chunks * t.chunk_bytes : num_words(f) * kTileRows * 4), 64);
