@@ -400,8 +400,8 @@ def linear(
         N, K, bits, group_size, c, grid_size, split, scale_dtype: as ``unprepack``.
         activations: how far x may be rounded inside, per row and span of up to 128 columns of a group, against the
             largest |x| of the span: "f32" not at all, "a16" to 1/65024 of it, "a8" to 1/254 of it. A leave, no order:
-            where there is no integer kernel (other widths than 3 and 4, group sizes that 16 (32 at 3 bits) does not
-            divide, other instruction sets than AVX-512) all three give float32.
+            where there is no integer kernel (other widths than 3, 4 and uniform 8, ``split``, group sizes that 16 (32
+            at 3 bits) does not divide) all three give float32. Vector instruction sets give the same bits.
     Returns:
         [..., N], dtype of ``x``.
     """
