@@ -17,7 +17,7 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-constexpr int64_t kPrefetch = 2048;  // bytes of codes ahead
+constexpr int64_t kPrefetch = 4096;  // bytes of a tile ahead
 // Sums (tokens x planes) in registers: of one tile or, half as many, of two.
 constexpr int kFewSums = 16, kPanelSums = 8;
 constexpr int kFew8 = kFewSums, kFew16 = kFewSums / 2, kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2;
@@ -104,7 +104,8 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
   const uint8_t* codes = tile + layout.codes;
   const int8_t* x = q.x;
   ChunkDecoder<kBits, kTiles> decoder(tables);
-  for (int64_t j = 0; j < kTiles; ++j) prefetch_head(args, t0 + kTiles + j);
+  const int64_t ahead = round_up(layout.num_chunks > 0 ? ceil_div(layout.tile_bytes, layout.num_chunks) : 0,
+                                 64);  // of a chunk's prefetches
   __m512 y[kTiles][kTokens], scale[kTiles];
   alignas(64) float outliers[kTokens * kTileLanes];
 #pragma GCC unroll 2
@@ -138,10 +139,13 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
     }
     const int64_t end = n + chunks_per_span < layout.num_chunks ? n + chunks_per_span : layout.num_chunks;
     for (; n < end; ++n) {
+      // A tile's successor in the same stream is kTiles further on: the hardware would follow the other stream.
+      const int64_t at = n * ahead + kPrefetch;
+      const uint8_t* soon = tile + (at < layout.tile_bytes ? at : at + (kTiles - 1) * layout.tile_bytes);
 #pragma GCC unroll 2
       for (int j = 0; j < kTiles; ++j) {
-        for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
-          _mm_prefetch(reinterpret_cast<const char*>(codes + j * layout.tile_bytes + line + kPrefetch), _MM_HINT_T0);
+        for (int64_t line = 0; line < ahead; line += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(soon + j * layout.tile_bytes + line), _MM_HINT_T0);
         }
       }
       decoder.decode(codes, layout.tile_bytes, registers, args.keep[n],
