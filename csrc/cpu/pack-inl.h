@@ -2,41 +2,98 @@
 // Codes <-> little-endian bit stream (format/bitstream.h).
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-static bool pack_rows(const PackArgs& args, int64_t row_begin, int64_t row_end) {
-  const int64_t words = format::words_per_row(args.K, args.bits);
+// Eight codes of kBits, a byte each, next to each other in the low bits, and back: twos, fours, all.
+template <int kBits>
+PRECAL_INLINE uint64_t join_codes(uint64_t x) {
+  x = (x & 0x00FF00FF00FF00FFu) | ((x & 0xFF00FF00FF00FF00u) >> (8 - kBits));
+  x = (x & 0x0000FFFF0000FFFFu) | ((x & 0xFFFF0000FFFF0000u) >> (16 - 2 * kBits));
+  return (x & 0x00000000FFFFFFFFu) | ((x & 0xFFFFFFFF00000000u) >> (32 - 4 * kBits));
+}
+
+template <int kBits>
+PRECAL_INLINE uint64_t split_codes(uint64_t x) {
+  constexpr uint64_t kFour = (uint64_t(1) << (4 * kBits)) - 1, kTwo = (1u << (2 * kBits)) - 1, kOne = (1u << kBits) - 1;
+  x = (x & kFour) | ((x & (kFour << (4 * kBits % 64))) << (32 - 4 * kBits));
+  x = (x & (kTwo | kTwo << 32)) | ((x & ((kTwo | kTwo << 32) << (2 * kBits))) << (16 - 2 * kBits));
+  constexpr uint64_t kOnes = kOne * 0x0001000100010001u;
+  return (x & kOnes) | ((x & (kOnes << kBits)) << (8 - kBits));
+}
+
+// Returns the bits that any code has. Writes the row's words, and nothing beyond.
+template <int kBits>
+static uint8_t pack_row(const uint8_t* codes, int64_t K, uint8_t* out, uint8_t* out_end) {
+  uint64_t seen = 0;
+  int64_t k = 0;
+  for (; k + 8 <= K; k += 8, out += kBits) {
+    uint64_t x;
+    std::memcpy(&x, codes + k, 8);
+    seen |= x;
+    x = join_codes<kBits>(x);
+    std::memcpy(out, &x, kBits);
+  }
+  uint64_t x = 0;
+  std::memcpy(&x, codes + k, size_t(K - k));
+  seen |= x;
+  x = join_codes<kBits>(x);
+  std::memset(out, 0, size_t(out_end - out));
+  std::memcpy(out, &x, size_t(ceil_div((K - k) * kBits, 8)));
+  seen |= seen >> 32;
+  seen |= seen >> 16;
+  return uint8_t(seen | seen >> 8);
+}
+
+template <int kBits>
+static void unpack_row(const uint8_t* packed, int64_t K, uint8_t* codes) {
+  int64_t k = 0;
+  for (; k + 8 <= K; k += 8, packed += kBits) {
+    uint64_t x = 0;
+    std::memcpy(&x, packed, kBits);
+    x = split_codes<kBits>(x);
+    std::memcpy(codes + k, &x, 8);
+  }
+  uint64_t x = 0;
+  std::memcpy(&x, packed, size_t(ceil_div((K - k) * kBits, 8)));
+  x = split_codes<kBits>(x);
+  std::memcpy(codes + k, &x, size_t(K - k));
+}
+
+template <int kBits>
+static bool pack_rows_of(const PackArgs& args, int64_t row_begin, int64_t row_end) {
+  const int64_t words = format::words_per_row(args.K, kBits);
   uint32_t seen = 0;
   for (int64_t n = row_begin; n < row_end; ++n) {
-    const uint8_t* codes = args.codes + n * args.K;
-    uint32_t* out = args.packed + n * words;
-    uint64_t pending = 0;
-    int filled = 0;
-    for (int64_t k = 0; k < args.K; ++k) {
-      seen |= codes[k];
-      pending |= uint64_t(codes[k]) << filled;
-      filled += args.bits;
-      if (filled >= 32) {
-        *out++ = uint32_t(pending);
-        pending >>= 32;
-        filled -= 32;
-      }
-    }
-    if (filled > 0) *out = uint32_t(pending);
+    uint8_t* out = reinterpret_cast<uint8_t*>(args.packed + n * words);
+    seen |= pack_row<kBits>(args.codes + n * args.K, args.K, out, out + 4 * words);
   }
-  return (seen >> args.bits) == 0;
+  return (seen >> kBits) == 0;
+}
+
+template <int kBits>
+static void unpack_rows_of(const UnpackArgs& args, int64_t row_begin, int64_t row_end) {
+  const int64_t words = format::words_per_row(args.K, kBits);
+  for (int64_t n = row_begin; n < row_end; ++n) {
+    unpack_row<kBits>(reinterpret_cast<const uint8_t*>(args.packed + n * words), args.K, args.codes + n * args.K);
+  }
+}
+
+static bool pack_rows(const PackArgs& args, int64_t row_begin, int64_t row_end) {
+  constexpr decltype(&pack_rows_of<2>) kOf[] = {pack_rows_of<2>, pack_rows_of<3>, pack_rows_of<4>, pack_rows_of<5>,
+                                                pack_rows_of<6>, pack_rows_of<7>, pack_rows_of<8>};
+  return kOf[args.bits - format::kMinBits](args, row_begin, row_end);
 }
 
 static void unpack_rows(const UnpackArgs& args, int64_t row_begin, int64_t row_end) {
-  const int64_t words = format::words_per_row(args.K, args.bits);
-  for (int64_t n = row_begin; n < row_end; ++n) {
-    const uint32_t* row = args.packed + n * words;
-    uint8_t* codes = args.codes + n * args.K;
-    for (int64_t k = 0; k < args.K; ++k) codes[k] = uint8_t(format::code_at(row, k, args.bits));
-  }
+  constexpr decltype(&unpack_rows_of<2>) kOf[] = {unpack_rows_of<2>, unpack_rows_of<3>, unpack_rows_of<4>,
+                                                  unpack_rows_of<5>, unpack_rows_of<6>, unpack_rows_of<7>,
+                                                  unpack_rows_of<8>};
+  kOf[args.bits - format::kMinBits](args, row_begin, row_end);
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
