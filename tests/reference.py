@@ -240,7 +240,7 @@ def level_index(codes: Tensor, trellis: bool) -> Tensor:
 def trellis_quantize(
     v: Tensor, dense: Tensor, t: Tensor, levels: Tensor, group_size: int, search: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Scales and codes by the rules of csrc/cpu/trellis-inl.h, in float32, each row for itself.
+    """Scales and codes by the rules of csrc/cpu/trellis-inl.h, each row for itself.
 
     Args:
         v: float32 [N, K], weights in units of the row scale.  dense: bool [N, K], false for outliers.
@@ -249,76 +249,110 @@ def trellis_quantize(
         codes and e4m3 bits of the scales, uint8.
     """
     N, K = v.shape
-    f32, rows = np.float32, np.arange(N)
-    subsets = levels.numpy().astype(f32).reshape(-1, 4).T  # [4, 2^(bits-1)]
-    midpoints = (subsets[:, 1:] + subsets[:, :-1]) / f32(2)
-    values, starts = e4m3_values().numpy().astype(f32), {begin for begin, _ in outlier_blocks(K)}
-    x_all, weight = v.numpy(), dense.numpy().astype(f32)
+    f32, rows, starts = np.float32, np.arange(N), {begin for begin, _ in outlier_blocks(K)}
+    grid, values = levels.numpy().astype(np.int64), e4m3_values().numpy().astype(f32)
+    top = int(grid[0] if abs(grid[0]) > abs(grid[-1]) else grid[-1])
 
-    def nearest(x: np.ndarray) -> np.ndarray:
-        """[N, 4]: the cell of x in each subset."""
-        return np.stack([(x[:, None] > midpoints[z]).sum(1) for z in range(4)], 1)
+    shift = 0
+    while shift < 4 and (grid[-1] - grid[0]) * 2 ** (shift + 1) <= 8 * (len(grid) - 1):
+        shift += 1
+    doublings = 0
+    while doublings < 8 and abs(top) * (128 >> doublings) > 32767 * 0.9375 * float(f32(search[0])):
+        doublings += 1
+    width = 4 if shift == 0 else 2
+    lower = width * np.arange(-256 // width, 256 // width)  # edges of the cells, in levels
+    subsets = grid.reshape(-1, 4).T  # [4, 2^(bits-1)]
+    # twice the midpoints of neighbours below twice the centre
+    index = (subsets[:, None, 1:] + subsets[:, None, :-1] < (2 * lower + width)[None, :, None]).sum(2)  # [4, cells]
+    nearest = np.take_along_axis(subsets, index, 1)
+    distance = np.clip((lower - nearest) * 2**shift, -127, 127 - width * 2**shift)
 
-    def inverse(scale: np.ndarray) -> np.ndarray:
-        return np.where(scale != 0, f32(1) / np.where(scale != 0, scale, f32(1)), f32(0)).astype(f32)
+    reach = np.zeros(t.shape, f32)  # a
+    for g in range(t.shape[1]):
+        columns = slice(g * group_size, (g + 1) * group_size)
+        reach[:, g] = np.where(dense[:, columns], v[:, columns].abs(), 0).max(1)
+    of_column = group_of_column(K, group_size).numpy()
+    limited = np.maximum(reach, f32(2**-20))
+    numbers = np.rint(np.clip(v.numpy() * (f32(32767) / limited)[:, of_column], f32(-32767), f32(32767))).astype(int)
+    counts = dense.numpy() & (reach > 0)[:, of_column]
 
-    def extend(cost: np.ndarray, begin: int, end: int, scale: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Costs [N, 4] after columns [begin, end), and for each of them where its states came from: [N, 4] states."""
-        history = []
+    def multiplier(code: np.ndarray, g: int) -> np.ndarray:
+        s = np.abs(values[code])
+        unit = f32(2 ** (22 - doublings)) / f32(32767)
+        m = np.rint(np.minimum(limited[:, g] * unit / np.where(s > 0, s, f32(1)), f32(32767)))
+        return np.where(s > 0, np.sign(values[code]) * m, 0).astype(int)
+
+    def cells(k: int, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of column k: number of the cell, and v / s beyond its lower edge in 1/128 of a level."""
+        x = (numbers[:, k] * m + 2**14) >> 15
+        for _ in range(doublings):
+            x = np.clip(2 * x, -32768, 32767)
+        return (x >> (9 if width == 4 else 8)) + len(lower) // 2, x & (128 * width - 1)
+
+    def extend(cost: np.ndarray, g: int, m: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Costs [N, 4] after group g, relative to the least; the least; and for each column where its states came from,
+        [N, 4] states."""
+        history, total, run = [], np.zeros(N, f32), 0
+        begin, end = g * group_size, min(K, (g + 1) * group_size)
         for k in range(begin, end):
             origin = np.zeros((N, 4), np.int64)
             if k in starts:
                 origin[:] = cost.argmin(1)[:, None]  # numpy's argmin is the first
-                cost = np.concatenate([cost.min(1, keepdims=True), np.full((N, 3), np.inf, f32)], 1)
-            cells = nearest(x_all[:, k] * inverse(scale))
-            near = np.stack([subsets[z][cells[:, z]] for z in range(4)], 1)
-            error = ((x_all[:, k, None] - scale[:, None] * near) * weight[:, k, None]) ** 2
-            following = np.empty((N, 4), f32)
+                cost = np.concatenate([cost.min(1, keepdims=True), np.full((N, 3), 65535)], 1)
+                run = 0
+            cell, rest = cells(k, m)
+            e = distance[:, cell].T * 256 + rest[:, None] * 2 ** (shift + 1)
+            error = np.where(counts[:, k, None], (e * e + 2**14) >> 15, 0)
+            following = np.empty((N, 4), np.int64)
             for state in range(4):
                 bit, previous = state & 1, state >> 1
                 ways = []
                 for before in (0, 1):
                     z = 2 * (bit ^ before) + previous
-                    ways.append(cost[:, previous + 2 * before] + error[:, z])
-                better = ways[1] < ways[0]
-                following[:, state] = np.where(better, ways[1], ways[0])
+                    ways.append(np.minimum(cost[:, previous + 2 * before] + error[:, z], 65535))
+                following[:, state] = np.minimum(*ways)
                 if k not in starts:
-                    origin[:, state] = previous + 2 * better
-            cost = following
+                    origin[:, state] = previous + 2 * (ways[1] < ways[0])
+            cost, run = following, run + 1
             history.append(origin)
-        return cost, history
+            if run == 16 or k + 1 == end or k + 1 in starts:
+                total += cost.min(1).astype(f32)
+                cost, run = cost - cost.min(1, keepdims=True), 0
+        return cost, total, history
 
     cost, chosen, scales = np.zeros((N, 4), f32), np.zeros((N, t.shape[1]), np.int64), []
     history: list[np.ndarray] = []
     sign = (t.numpy() < 0) * 0x80
     bounds = [(t.abs() * bound).to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(int) for bound in search]
     for g in range(t.shape[1]):
-        begin, end = g * group_size, min(K, (g + 1) * group_size)
-        cost = cost - cost.min(1, keepdims=True)
         first = np.where(t[:, g] != 0, np.maximum(bounds[0][:, g], 1), 0)
         last = np.where(t[:, g] != 0, np.maximum(bounds[1][:, g], first), 0)
-        best, kept, best_history = np.full(N, np.inf, f32), cost, []
+
+        def attempt(code: np.ndarray, g: int = g, cost: np.ndarray = cost) -> tuple[np.ndarray, ...]:
+            square = np.where(values[code] != 0, values[code] * values[code], f32(1))[:, None]
+            begin = np.rint(np.minimum(cost / square, f32(65535))).astype(np.int64)
+            units, total, origins = extend(begin, g, multiplier(code, g))
+            end = np.where(units == 65535, f32(np.inf), units.astype(f32) * square)
+            return end.astype(f32), total * square[:, 0], origins
+
+        least = np.full(N, np.inf, f32)
         for i in range(int((last - first).max()) + 1):
             code = np.minimum(first + i, last) | np.where(t[:, g] != 0, sign[:, g], 0)
-            tried, paths = extend(cost, begin, end, values[code])
-            better = tried.min(1) < best if i else np.ones(N, bool)
-            best, chosen[:, g] = np.where(better, tried.min(1), best), np.where(better, code, chosen[:, g])
-            kept = np.where(better[:, None], tried, kept)
-            best_history = [
-                np.where(better[:, None], new, old) for new, old in zip(paths, best_history or paths, strict=True)
-            ]
-        cost = kept
-        history += best_history
-        scales.append(values[chosen[:, g]])
+            total = attempt(code)[1]
+            better = total < least
+            least, chosen[:, g] = np.where(better, total, least), np.where(better, code, chosen[:, g])
+        cost, _, origins = attempt(chosen[:, g])
+        history += origins
+        scales.append(multiplier(chosen[:, g], g))
     codes, state = np.zeros((N, K), np.uint8), cost.argmin(1)
     for k in reversed(range(K)):
+        since = k - max(begin for begin in starts if begin <= k)
         origin = history[k][rows, state]
-        bit, previous = state & 1, np.where(k in starts, 0, state >> 1)
-        before = np.where(k in starts, 0, origin >> 1)
-        cells = nearest(x_all[:, k] * inverse(scales[k // group_size]))
+        bit, previous = state & 1, state >> 1 if since > 0 else np.zeros_like(state)
+        before = origin >> 1 if since > 1 else np.zeros_like(state)
         z1 = bit ^ before
-        codes[:, k] = (2 * cells[rows, 2 * z1 + previous] + z1) ^ before
-        state = origin
+        codes[:, k] = (2 * index[2 * z1 + previous, cells(k, scales[k // group_size])[0]] + z1) ^ before
+        state = origin if since == 0 else previous + 2 * before
     return torch.from_numpy(codes), torch.from_numpy(chosen.astype(np.uint8))
 
 

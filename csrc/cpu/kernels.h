@@ -63,18 +63,39 @@ PRECAL_INLINE int64_t padded_group(const format::WeightFormat& f) {
   return round_up(f.group_size < f.K ? f.group_size : f.K, 16);
 }
 
-constexpr int64_t kTrellisRows = 16;  // rows that are searched together, one a lane
+constexpr int64_t kTrellisRows = 64;  // rows that are searched together, one a lane
 
-// Per column 16 values, 16 weights of the error, and 2 words of decisions; per group 16 of t and of the scales.
-inline int64_t trellis_scratch_floats(const format::WeightFormat& f) {
-  return kTrellisRows * (2 * f.K + 2 * format::num_groups(f)) + 4 * f.K + 16;
+// End of the columns from `begin` on that a trellis search can treat alone: whole blocks and whole groups.
+inline int64_t segment_end(const format::WeightFormat& f, const format::OutlierBlocks& blocks, int64_t begin) {
+  int64_t block = format::block_at(blocks, begin), end = format::block_end(blocks, block);
+  while (end < f.K && end % f.group_size != 0) end = format::block_end(blocks, ++block);
+  return end;
 }
 
-// Scratch floats that one call of quantize_rows needs, whatever its range.
+inline int64_t longest_segment(const format::WeightFormat& f) {
+  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  int64_t longest = 0;
+  for (int64_t begin = 0; begin < f.K;) {
+    const int64_t end = segment_end(f, blocks, begin);
+    longest = end - begin > longest ? end - begin : longest;
+    begin = end;
+  }
+  return longest;
+}
+
+// Per column of a segment a weight, 64 values of 2 bytes and codes of 1 byte, 8 values more, 4 words of decisions; per
+// group 64 of t, reach and multiplier.
+inline int64_t trellis_scratch_floats(const format::WeightFormat& f) {
+  const int64_t per_column = 1 + kTrellisRows / 2 + kTrellisRows / 4 + 4 + 8;
+  return per_column * (longest_segment(f) + 32) + format::num_groups(f) * kTrellisRows * 5 / 2 + 64;
+}
+
+// Scratch floats that one call of quantize_rows needs, whatever its range: a row, three numbers a group, and a group or
+// what a trellis takes.
 inline int64_t quantize_scratch_floats(const QuantizeArgs& args) {
-  const int64_t padded = format::num_groups(args.format) * padded_group(args.format);
-  const int64_t one_row = args.format.K + 2 * padded + 3 * format::num_groups(args.format) + 64;
-  return one_row + (format::is_trellis(args.format) ? trellis_scratch_floats(args.format) : 0);
+  const int64_t one_row = args.format.K + 3 * format::num_groups(args.format) + 64;
+  return one_row +
+         (format::is_trellis(args.format) ? trellis_scratch_floats(args.format) : 2 * padded_group(args.format) + 16);
 }
 
 struct PackArgs {

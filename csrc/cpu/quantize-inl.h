@@ -54,6 +54,14 @@ PRECAL_INLINE F32 nearest_level(const LevelSteps& l, F32 x) {
   return level;
 }
 
+// The same among all integers from lowest to highest, counted from 0: a number between two goes to the lower one.
+PRECAL_INLINE F32 nearest_integer(F32 x, F32 lowest, F32 highest) {
+  const F32 round = splat(12582912.0f), inside = min(max(x, lowest), highest);  // 1.5 * 2^23: floats are integers there
+  const F32 nearest = sub(add(inside, round), round);
+  const F32 index = sub(nearest, lowest), half = splat(0.5f);
+  return select(less(sub(nearest, inside), half), index, sub(index, splat(1.0f)));
+}
+
 // Sum of mask * (v - s * level)^2 over a padded group.
 static float group_error(const LevelSteps& l, const float* v, const float* mask, int64_t padded, float s) {
   const F32 scale = splat(s), inverse = splat(1.0f / s);
@@ -105,23 +113,34 @@ PRECAL_INLINE float store_scale(void* scale, int64_t index, format::ScaleType ty
   return half_to_float(code);
 }
 
-// The c largest |w| of a block, as ascending positions; returns how many there are.
-static int select_outliers(const float* w, int64_t width, int c, double lam, int* positions) {
-  int found = 0;
-  for (int64_t k = 0; k < width; ++k) {
-    const float magnitude = abs_float(w[k]);
-    if (!(double(magnitude) * double(magnitude) > lam)) continue;
-    if (found == c && !(magnitude > abs_float(w[positions[c - 1]]))) continue;
-    int i = found < c ? found : c - 1;  // positions are kept by falling magnitude
-    for (; i > 0 && magnitude > abs_float(w[positions[i - 1]]); --i) positions[i] = positions[i - 1];
-    positions[i] = int(k);
-    if (found < c) ++found;
+// Largest |w|. As bits, in which NaN is above all numbers.
+PRECAL_INLINE uint32_t largest_bits(const float* w, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const uint32_t bits = float_bits(w[k]) & 0x7FFFFFFFu;
+    largest = bits > largest ? bits : largest;
   }
-  for (int i = 1; i < found; ++i) {  // ascending by column
-    const int position = positions[i];
-    int j = i;
-    for (; j > 0 && positions[j - 1] > position; --j) positions[j] = positions[j - 1];
-    positions[j] = position;
+  return largest;
+}
+PRECAL_INLINE float largest_magnitude(const float* w, int64_t count) { return bits_float(largest_bits(w, count)); }
+
+// The c largest |w| of a block with w^2 > lam, as ascending positions, and set to zero; returns how many there are.
+// `largest` is that of the block.
+static int take_outliers(float* w, int64_t width, int c, double lam, float largest, int* positions) {
+  int found = 0;
+  while (found<c&& double(largest) * double(largest)> lam) {
+    int64_t k = 0;  // the lowest column of that magnitude
+    const F32 wanted = splat(largest);
+    uint32_t here = 0;
+    for (; k + kLanes <= width && here == 0; k += kLanes) here = equal(abs(load(w + k)), wanted);
+    if (here != 0) k += __builtin_ctz(here) - kLanes;
+    else
+      while (abs_float(w[k]) != largest) ++k;
+    w[k] = 0.0f;
+    int i = found++;
+    for (; i > 0 && positions[i - 1] > int(k); --i) positions[i] = positions[i - 1];
+    positions[i] = int(k);
+    if (found < c) largest = largest_magnitude(w, width);
   }
   return found;
 }
@@ -170,9 +189,7 @@ struct RowQuantizer {
 
 // Scratch of one row.
 struct RowBuffers {
-  float* w;        // [K]
-  float* v;        // [groups][stride], zero padded
-  float* dense;    // [groups][stride], 1 for weights that count in the search
+  float* w;        // [K + 16]; outliers are 0
   float* extreme;  // [groups]
   float* other;    // [groups]; split: largest salient magnitude
   float* amplitude;
@@ -180,95 +197,139 @@ struct RowBuffers {
 
   RowBuffers(const RowQuantizer& q, float* scratch)
       : w(scratch),
-        v(w + q.K),
-        dense(v + q.groups * q.stride),
-        extreme(dense + q.groups * q.stride),
+        extreme(w + q.K + kLanes),
         other(extreme + q.groups),
         amplitude(other + q.groups),
         end(amplitude + q.groups) {}
 };
 
+struct Extremes {
+  float highest, lowest, salient;  // at least 0, at most 0, at least 0
+};
+
+// Of the weights of a group; those marked in `salient` (or nullptr) are apart.
+static Extremes find_extremes(const float* w, const uint8_t* salient, int64_t count) {
+  const F32 zero = splat(0.0f);
+  F32 high = zero, low = zero, other = zero;
+  int64_t i = 0;
+  if (salient == nullptr) {
+    for (; i + kLanes <= count; i += kLanes) {
+      const F32 value = load(w + i);
+      high = max(high, value);
+      low = min(low, value);
+    }
+  } else {
+    for (; i + kLanes <= count; i += kLanes) {
+      const uint32_t apart = nonzero_bytes(salient + i);
+      const F32 value = load(w + i), dense = select(apart, zero, value);
+      high = max(high, dense);
+      low = min(low, dense);
+      other = max(other, abs(select(apart, value, zero)));
+    }
+  }
+  Extremes e{largest_lane(high), -largest_lane(sub(zero, low)), salient == nullptr ? 0.0f : largest_lane(other)};
+  for (; i < count; ++i) {
+    if (salient != nullptr && salient[i]) {
+      if (abs_float(w[i]) > e.salient) e.salient = abs_float(w[i]);
+      continue;
+    }
+    if (w[i] > e.highest) e.highest = w[i];
+    if (w[i] < e.lowest) e.lowest = w[i];
+  }
+  return e;
+}
+
+static void store_mask(const uint8_t* salient, int64_t count, uint8_t* mask) {
+  int64_t k = 0;
+  for (; k + kLanes <= count; k += kLanes) {
+    const uint32_t bits = nonzero_bytes(salient + k);
+    mask[k / 8] = uint8_t(bits);
+    mask[k / 8 + 1] = uint8_t(bits >> 8);
+  }
+  for (int64_t i = k; i < count; i += 8) mask[i / 8] = 0;
+  for (; k < count; ++k) mask[k / 8] = uint8_t(mask[k / 8] | (salient[k] != 0) << (k % 8));
+}
+
 // Steps 1 to 3. Returns the flat index of a weight that is refused, or -1.
 static int64_t prepare_row(const RowQuantizer& q, int64_t n, const RowBuffers& row) {
   const QuantizeArgs& args = q.args;
   const format::WeightFormat& f = q.f;
-  const int64_t K = q.K, g_size = q.group_size, groups = q.groups, stride = q.stride;
-  float *w = row.w, *v = row.v, *dense = row.dense;
+  const int64_t K = q.K, groups = q.groups;
+  float* w = row.w;
   load_elements(args.w, args.dtype, n * K, K, w);
-  for (int64_t k = 0; k < K; ++k) {
-    if (!(abs_float(w[k]) <= kMaxWeight)) return n * K + k;
-  }
-  for (int64_t i = 0; i < groups * stride; ++i) dense[i] = v[i] = 0.0f;
-  for (int64_t k = 0; k < K; ++k) dense[(k / g_size) * stride + k % g_size] = 1.0f;
 
   // 1. outliers
   float largest_outlier = 0.0f;
-  if (f.c > 0) {
+  for (int64_t b = 0; b < q.blocks.num_blocks; ++b) {
+    const int64_t begin = format::block_begin(q.blocks, b), width = format::block_end(q.blocks, b) - begin;
+    const float largest = largest_magnitude(w + begin, width);
+    if (!(largest <= kMaxWeight)) {
+      int64_t k = begin;
+      while (abs_float(w[k]) <= kMaxWeight) ++k;
+      return n * K + k;
+    }
+    if (f.c == 0) continue;
     int positions[format::kMaxCapacity];
-    for (int64_t b = 0; b < q.blocks.num_blocks; ++b) {
-      const int64_t begin = format::block_begin(q.blocks, b), width = format::block_end(q.blocks, b) - begin;
-      const int found = select_outliers(w + begin, width, f.c, args.lam, positions);
-      uint8_t* indices = args.outlier_index + (n * q.blocks.num_blocks + b) * f.c;
-      uint8_t* values = args.outlier_value + (n * q.blocks.num_blocks + b) * f.c;
-      for (int i = 0; i < f.c; ++i) {
-        indices[i] = i < found ? uint8_t(positions[i]) : 0;
-        values[i] = i < found;  // a mark, replaced by the residual
-        if (i >= found) continue;
-        const int64_t k = begin + positions[i];
-        dense[(k / g_size) * stride + k % g_size] = 0.0f;
-        if (abs_float(w[k]) > largest_outlier) largest_outlier = abs_float(w[k]);
-      }
+    const int found = take_outliers(w + begin, width, f.c, args.lam, largest, positions);
+    uint8_t* indices = args.outlier_index + (n * q.blocks.num_blocks + b) * f.c;
+    uint8_t* values = args.outlier_value + (n * q.blocks.num_blocks + b) * f.c;
+    for (int i = 0; i < f.c; ++i) {
+      indices[i] = i < found ? uint8_t(positions[i]) : 0;
+      values[i] = i < found;  // a mark, replaced by the residual
     }
+    if (found > 0 && largest > largest_outlier) largest_outlier = largest;
   }
-  if (f.split) {
-    uint8_t* mask = args.mask + n * format::mask_bytes_per_row(f);
-    for (int64_t i = 0; i < format::mask_bytes_per_row(f); ++i) mask[i] = 0;
-    for (int64_t k = 0; k < K; ++k) {
-      if (!args.salient[n * K + k]) continue;
-      mask[k / 8] = uint8_t(mask[k / 8] | (1u << (k % 8)));
-      dense[(k / g_size) * stride + k % g_size] = 0.0f;
-    }
-  }
+  const uint8_t* salient = f.split ? args.salient + n * K : nullptr;
+  if (f.split) store_mask(salient, K, args.mask + n * format::mask_bytes_per_row(f));
 
   // 2. extremes
   float largest_scale = 0.0f;  // of the salient weights in split mode, which do not enter the mean
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = q.begin_of(g), count = q.count_of(g);
-    float highest = 0.0f, lowest = 0.0f, salient = 0.0f;
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = w[begin + i];
-      if (dense[g * stride + i] == 0.0f) {
-        if (abs_float(value) > salient) salient = abs_float(value);
-        continue;
-      }
-      if (value > highest) highest = value;
-      if (value < lowest) lowest = value;
-    }
-    row.extreme[g] = highest >= -lowest ? highest : lowest;
+    const int64_t begin = q.begin_of(g);
+    const Extremes e = find_extremes(w + begin, salient == nullptr ? nullptr : salient + begin, q.count_of(g));
+    row.extreme[g] = e.highest >= -e.lowest ? e.highest : e.lowest;
     if (args.symmetric) row.extreme[g] = abs_float(row.extreme[g]);
-    row.other[g] = salient;
+    row.other[g] = e.salient;
     row.amplitude[g] = abs_float(row.extreme[g]) / abs_float(q.peak);
-    if (f.split && salient / abs_float(q.peak) > largest_scale) largest_scale = salient / abs_float(q.peak);
+    if (f.split && e.salient / abs_float(q.peak) > largest_scale) largest_scale = e.salient / abs_float(q.peak);
   }
 
   // 3. row scale
-  const uint16_t row_code =
+  args.row_scale[n] =
       float_to_bf16_nonzero(row_base(row.amplitude, groups, f.scale_type, largest_scale, largest_outlier));
-  const float row_scale = bf16_to_float(row_code);
-  args.row_scale[n] = row_code;
-  if (row_scale > 0.0f) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = q.begin_of(g), count = q.count_of(g);
-      for (int64_t i = 0; i < count; ++i) v[g * stride + i] = w[begin + i] / row_scale;
-    }
-  }
   return -1;
+}
+
+// w / row_scale; 0 in a row without scale.
+PRECAL_INLINE F32 in_row_scales(F32 w, float row_scale) {
+  return row_scale > 0.0f ? div(w, splat(row_scale)) : splat(0.0f);
 }
 
 // The scale at which the largest of a group meets the peak, in units of the row scale.
 PRECAL_INLINE float target_scale(const RowQuantizer& q, int64_t n, float extreme) {
   const float row_scale = bf16_to_float(q.args.row_scale[n]);
   return row_scale > 0.0f ? (extreme / row_scale) / q.peak : 0.0f;
+}
+
+PRECAL_INLINE uint32_t nonzero_bytes_of(const uint8_t* p, int64_t count) {
+  if (count >= kLanes) return nonzero_bytes(p);
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i] != 0) << i;
+  return bits;
+}
+
+// body(k) for the columns of [begin, end) that are outliers of row n; not after step 6.
+template <typename Body>
+static void for_outliers(const RowQuantizer& q, int64_t n, int64_t begin, int64_t end, const Body& body) {
+  if (q.f.c == 0 || begin >= end) return;
+  for (int64_t b = format::block_at(q.blocks, begin); b < q.blocks.num_blocks; ++b) {
+    const int64_t first = format::block_begin(q.blocks, b), entry = (n * q.blocks.num_blocks + b) * q.f.c;
+    if (first >= end) return;
+    for (int i = 0; i < q.f.c && q.args.outlier_value[entry + i] != 0; ++i) {
+      const int64_t k = first + q.args.outlier_index[entry + i];
+      if (k >= begin && k < end) body(k);
+    }
+  }
 }
 
 // Step 6; an entry that rounds to nothing is dropped, so used entries strictly increase. residual(k) = v - s * level.
@@ -293,52 +354,78 @@ static void store_outliers(const RowQuantizer& q, int64_t n, const Residual& res
   }
 }
 
-static int64_t quantize_plain_rows(const RowQuantizer& q, int64_t row_begin, int64_t row_end, float* scratch) {
+// Codes of one group; x_of(i) are sixteen weights in units of their scale.
+template <typename Nearest, typename Position>
+static void store_group_codes(int64_t count, uint8_t* codes, const Nearest& nearest, const Position& x_of) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_bytes(codes + i, nearest(x_of(i)));
+  if (i == count) return;
+  uint8_t last[kLanes];
+  store_bytes(last, nearest(x_of(i)));
+  for (int64_t j = i; j < count; ++j) codes[j] = last[j - i];
+}
+
+// Steps 4 and 5 of every group of a row, of which row.w has the weights, outliers too.
+template <typename Nearest>
+static void quantize_groups_of(const RowQuantizer& q, int64_t n, const RowBuffers& row, const LevelSteps& levels,
+                               const Nearest& nearest) {
   const QuantizeArgs& args = q.args;
   const format::WeightFormat& f = q.f;
-  const int64_t K = q.K, groups = q.groups, stride = q.stride;
+  const float row_scale = bf16_to_float(args.row_scale[n]);
+  float *v = row.end, *dense = v + q.stride;
+  for (int64_t g = 0; g < q.groups; ++g) {
+    const int64_t begin = q.begin_of(g), count = q.count_of(g), index = n * q.groups + g;
+    const float* w = row.w + begin;
+    const float t = target_scale(q, n, row.extreme[g]);
+    uint16_t code = 0;
+    if (f.scale_type == format::ScaleType::kFloat16) {
+      code = nonzero_half(t);
+    } else {
+      for (int64_t i = 0; i < count; i += kLanes) store(v + i, in_row_scales(load(w + i), row_scale));
+      for (int64_t i = 0; i < count; ++i) dense[i] = 1.0f;
+      for (int64_t i = count; i < q.stride; ++i) v[i] = dense[i] = 0.0f;
+      for_outliers(q, n, begin, begin + count, [&](int64_t k) { dense[k - begin] = 0.0f; });
+      code = search_e4m3(levels, args, v, dense, q.stride, t);
+    }
+    const float scale = store_scale(args.scale, index, f.scale_type, code);
+    const F32 inverse = splat(scale != 0.0f ? 1.0f / scale : 0.0f);
+    uint8_t* codes = args.codes + n * q.K + begin;
+    if (!f.split) {
+      store_group_codes(count, codes, nearest,
+                        [&](int64_t i) { return mul(in_row_scales(load(w + i), row_scale), inverse); });
+      continue;
+    }
+    const float salient_scale =
+        store_scale(args.outlier_scale, index, f.scale_type, nonzero_half(target_scale(q, n, row.other[g])));
+    const F32 salient_inverse = splat(salient_scale != 0.0f ? 1.0f / salient_scale : 0.0f);
+    const uint8_t* salient = args.salient + n * q.K + begin;
+    store_group_codes(count, codes, nearest, [&](int64_t i) {
+      const uint32_t apart = nonzero_bytes_of(salient + i, count - i);
+      return mul(in_row_scales(load(w + i), row_scale), select(apart, salient_inverse, inverse));
+    });
+  }
+}
+
+static int64_t quantize_plain_rows(const RowQuantizer& q, int64_t row_begin, int64_t row_end, float* scratch) {
+  const QuantizeArgs& args = q.args;
   LevelSteps levels, index_steps;
   make_level_steps(args.levels, 1, q.num_levels, &levels);
   make_index_steps(levels, &index_steps);
   const RowBuffers row(q, scratch);
-
   for (int64_t n = row_begin; n < row_end; ++n) {
     const int64_t bad = prepare_row(q, n, row);
     if (bad >= 0) return bad;
-    for (int64_t g = 0; g < groups; ++g) {
-      // 4. scales
-      const float *v = row.v + g * stride, *dense = row.dense + g * stride;
-      const float t = target_scale(q, n, row.extreme[g]);
-      const uint16_t code =
-          f.scale_type == format::ScaleType::kE4m3 ? search_e4m3(levels, args, v, dense, stride, t) : nonzero_half(t);
-      const float scale = store_scale(args.scale, n * groups + g, f.scale_type, code);
-      const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-      float salient_inverse = 0.0f;
-      if (f.split) {
-        const float salient_scale = store_scale(args.outlier_scale, n * groups + g, f.scale_type,
-                                                nonzero_half(target_scale(q, n, row.other[g])));
-        salient_inverse = salient_scale != 0.0f ? 1.0f / salient_scale : 0.0f;
-      }
-      // 5. codes
-      const int64_t count = q.count_of(g);
-      uint8_t* codes = args.codes + n * K + q.begin_of(g);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        float lanes[kLanes];
-        F32 x = mul(load(v + i), splat(inverse));
-        if (f.split) {
-          store(lanes, x);
-          for (int64_t j = 0; j < kLanes && i + j < count; ++j) {
-            if (dense[i + j] == 0.0f) lanes[j] = v[i + j] * salient_inverse;
-          }
-          x = load(lanes);
-        }
-        store(lanes, nearest_level(index_steps, x));
-        for (int64_t j = 0; j < kLanes && i + j < count; ++j) codes[i + j] = uint8_t(lanes[j]);
-      }
+    for_outliers(q, n, 0, q.K, [&](int64_t k) { row.w[k] = load_element(args.w, args.dtype, n * q.K + k); });
+    if (format::is_uniform(q.f)) {
+      const F32 lowest = splat(levels.first), highest = splat(levels.first + float(levels.count - 1));
+      quantize_groups_of(q, n, row, levels, [&](F32 x) { return nearest_integer(x, lowest, highest); });
+    } else {
+      quantize_groups_of(q, n, row, levels, [&](F32 x) { return nearest_level(index_steps, x); });
     }
+    const float row_scale = bf16_to_float(args.row_scale[n]);
     store_outliers(q, n, [&](int64_t k) {
-      const float scale = format::load_scale(args.scale, n * groups + k / q.group_size, f.scale_type);
-      return row.v[(k / q.group_size) * stride + k % q.group_size] - scale * args.levels[args.codes[n * K + k]];
+      const float scale = format::load_scale(args.scale, n * q.groups + k / q.group_size, q.f.scale_type);
+      return row.w[k] / row_scale - scale * args.levels[args.codes[n * q.K + k]];
     });
   }
   return -1;

@@ -35,6 +35,7 @@ PRECAL_INLINE F32 splat(float a) { return {_mm512_set1_ps(a)}; }
 PRECAL_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 PRECAL_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PRECAL_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PRECAL_INLINE F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // acc + (x > limit ? step : 0)
 PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
@@ -42,8 +43,22 @@ PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
 }
 // a < b ? a : b
 PRECAL_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
-// Bit i: a < b in lane i.
+// a > b ? a : b
+PRECAL_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+PRECAL_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+// Bit i: a < b in lane i; a == b.
 PRECAL_INLINE uint32_t less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+PRECAL_INLINE uint32_t equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+PRECAL_INLINE float largest_lane(F32 a) { return _mm512_reduce_max_ps(a.v); }
+// Bit i: byte i of 16 is not zero.
+PRECAL_INLINE uint32_t nonzero_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+// Whole numbers from 0 to 255.
+PRECAL_INLINE void store_bytes(uint8_t* p, F32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 // bit i of mask ? a : b
 PRECAL_INLINE F32 select(uint32_t mask, F32 a, F32 b) { return {_mm512_mask_blend_ps(__mmask16(mask), b.v, a.v)}; }
 PRECAL_INLINE I32 zero_words() { return {_mm512_setzero_si512()}; }
@@ -76,6 +91,7 @@ PRECAL_INLINE F32 splat(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}
 PRECAL_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 PRECAL_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 PRECAL_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+PRECAL_INLINE F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -84,9 +100,34 @@ PRECAL_INLINE F32 add_if_above(F32 acc, F32 x, F32 limit, F32 step) {
           _mm256_add_ps(acc.hi, _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_GT_OQ), step.hi))};
 }
 PRECAL_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+PRECAL_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+PRECAL_INLINE F32 abs(F32 a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
 PRECAL_INLINE uint32_t less(F32 a, F32 b) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ))) |
          uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))) << 8;
+}
+PRECAL_INLINE uint32_t equal(F32 a, F32 b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ))) |
+         uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ))) << 8;
+}
+PRECAL_INLINE float largest_lane(F32 a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+PRECAL_INLINE uint32_t nonzero_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return ~uint32_t(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()))) & 0xFFFFu;
+}
+PRECAL_INLINE void store_bytes(uint8_t* p, F32 a) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+  const __m256i sorted = _mm256_permute4x64_epi64(words, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(sorted), _mm256_extracti128_si256(sorted, 1)));
 }
 PRECAL_INLINE __m256 select_half(uint32_t mask, __m256 a, __m256 b) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -173,6 +214,11 @@ PRECAL_INLINE F32 mul(F32 a, F32 b) {
   PRECAL_LANES(r.v, a.v[i] * b.v[i]);
   return r;
 }
+PRECAL_INLINE F32 div(F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] / b.v[i]);
+  return r;
+}
 PRECAL_INLINE F32 fma(F32 a, F32 b, F32 c) {
   F32 r;
   PRECAL_LANES(r.v, a.v[i] * b.v[i] + c.v[i]);
@@ -188,11 +234,37 @@ PRECAL_INLINE F32 min(F32 a, F32 b) {
   PRECAL_LANES(r.v, a.v[i] < b.v[i] ? a.v[i] : b.v[i]);
   return r;
 }
+PRECAL_INLINE F32 max(F32 a, F32 b) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] > b.v[i] ? a.v[i] : b.v[i]);
+  return r;
+}
+PRECAL_INLINE F32 abs(F32 a) {
+  F32 r;
+  PRECAL_LANES(r.v, a.v[i] < 0.0f ? -a.v[i] : a.v[i]);
+  return r;
+}
 PRECAL_INLINE uint32_t less(F32 a, F32 b) {
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] < b.v[i]) << i;
   return mask;
 }
+PRECAL_INLINE uint32_t equal(F32 a, F32 b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] == b.v[i]) << i;
+  return mask;
+}
+PRECAL_INLINE float largest_lane(F32 a) {
+  float largest = a.v[0];
+  for (int i = 1; i < kLanes; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+  return largest;
+}
+PRECAL_INLINE uint32_t nonzero_bytes(const uint8_t* p) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t(p[i] != 0) << i;
+  return mask;
+}
+PRECAL_INLINE void store_bytes(uint8_t* p, F32 a) { PRECAL_LANES(p, uint8_t(a.v[i])); }
 PRECAL_INLINE F32 select(uint32_t mask, F32 a, F32 b) {
   F32 r;
   PRECAL_LANES(r.v, ((mask >> i) & 1u) != 0u ? a.v[i] : b.v[i]);

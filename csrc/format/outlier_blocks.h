@@ -36,7 +36,10 @@ PRECAL_INLINE int64_t block_end(const OutlierBlocks& b, int64_t block) {
   return full < segment_end ? full : segment_end;
 }
 
-// First column of the block that column k < K lies in.
+// The block that column k < K lies in, and its first column.
+PRECAL_INLINE int64_t block_at(const OutlierBlocks& b, int64_t k) {
+  return k / b.segment * b.blocks_per_segment + k % b.segment / kBlock;
+}
 PRECAL_INLINE int64_t block_begin_at(const OutlierBlocks& b, int64_t k) {
   const int64_t segment = k / b.segment * b.segment;
   return segment + (k - segment) / kBlock * kBlock;
