@@ -19,12 +19,24 @@ struct SoftThresholdArgs {
   double lam;
 };
 
-// One digit of the radix selection of |w|: the upper 15 bits of |w| as float32, or its lower 16 bits where the upper
-// ones equal `prefix`.
+// Magnitudes as integers: the bits of a weight as it is stored without its sign, which are in the order of |w|.
+struct MagnitudesArgs {
+  const void* w;
+  bool half_words;    // 16 bits each, not 32
+  int32_t low, high;  // collected are low < magnitude <= high
+};
+
+struct Magnitudes {
+  int32_t largest;
+  int64_t above;      // number of magnitudes > high
+  int64_t collected;  // written to `out`, in order
+};
+
+// One digit of the radix selection among magnitudes: the upper 15 of 31 bits, or the lower 16 where the upper ones
+// equal `prefix`. Those of 16-bit words are one digit.
 struct MagnitudeDigitArgs {
   const void* w;
-  DType dtype;
-  bool low_digit;
+  bool half_words, low_digit;
   uint32_t prefix;
 };
 
@@ -186,6 +198,9 @@ struct KernelTable {
   const char* name;
   void (*soft_threshold)(const SoftThresholdArgs&, int64_t begin, int64_t end);
   void (*magnitude_digit)(const MagnitudeDigitArgs&, int64_t begin, int64_t end, int64_t* counts);
+  // At most 2^31 of them; `out` has room for them all and 16 words more.
+  Magnitudes (*collect_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, int32_t* out);
+  void (*mask_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, uint8_t* mask);  // out[i]: above high
   // counts [num_labels][num_bins]. Returns false when a label is not below num_labels.
   bool (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside);
   // Returns the flat index of the first element that is not finite or above kMaxWeight, or -1.

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // soft_threshold, salience_threshold, salience_mask.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -48,20 +50,70 @@ TensorSpec lam_spec(const TensorView& w, Scope scope, int64_t group_size) {
   return {DType::kFloat64, {w.shape[0], ceil_div(w.shape[1], group_size)}};
 }
 
-Status first_nonfinite(const char* op, const TensorView& w) {
-  const int64_t count = w.numel(), K = w.shape[1];
-  std::mutex lock;
-  int64_t first = count;
-  parallel_for(0, count, kElementGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (is_finite(element(w, i))) continue;
-      std::lock_guard<std::mutex> guard(lock);
-      first = std::min(first, i);
-      return;
-    }
-  });
-  if (first == count) return {};
+bool is_half(const TensorView& w) { return w.dtype != DType::kFloat32; }
+
+int32_t magnitude_bits(const TensorView& w, int64_t i) {
+  return is_half(w) ? w.as<uint16_t>()[i] & 0x7FFF : w.as<int32_t>()[i] & 0x7FFFFFFF;
+}
+
+float magnitude_of(const TensorView& w, int32_t bits) {
+  if (w.dtype == DType::kBFloat16) return bf16_to_float(uint16_t(bits));
+  if (w.dtype == DType::kFloat16) return half_to_float(uint16_t(bits));
+  return bits_float(uint32_t(bits));
+}
+
+// Of the first infinity; NaN is above.
+int32_t infinite_bits(const TensorView& w) {
+  return w.dtype == DType::kBFloat16 ? 0x7F80 : w.dtype == DType::kFloat16 ? 0x7C00 : 0x7F800000;
+}
+
+Status nonfinite(const char* op, const TensorView& w) {
+  int64_t first = 0;
+  while (magnitude_bits(w, first) < infinite_bits(w)) ++first;
+  const int64_t K = w.shape[1];
   return invalid_value(op, ": w must be finite, got ", element(w, first), " at [", first / K, ", ", first % K, "]");
+}
+
+struct Collected {
+  Magnitudes sum{0, 0, 0};
+  std::vector<int32_t> bits;  // collected
+  bool complete = true;       // false: too many to keep
+};
+
+// One pass over w: the largest magnitude, how many are above `high`, and those in (low, high].
+Collected collect(const TensorView& w, int32_t low, int32_t high) {
+  constexpr int64_t kPiece = 1 << 13;
+  const MagnitudesArgs args{w.data, is_half(w), low, high};
+  const int64_t most = w.numel() / 8 + kPiece;  // of all threads together
+  Collected all;
+  std::mutex lock;
+  std::atomic<int64_t> kept{0};
+  parallel_for(0, w.numel(), 1 << 18, [&](int64_t begin, int64_t end) {
+    Magnitudes sum{0, 0, 0};
+    std::vector<int32_t> bits;
+    for (int64_t i = begin; i < end; i += kPiece) {
+      const int64_t piece_end = std::min(end, i + kPiece);
+      if (kept > most) sum.collected = 0;  // nobody will use them
+      if (int64_t(bits.size()) < sum.collected + kPiece + 16) bits.resize(size_t(2 * sum.collected + 2 * kPiece + 16));
+      const Magnitudes found = kernels().collect_magnitudes(args, i, piece_end, bits.data() + sum.collected);
+      sum.largest = std::max(sum.largest, found.largest);
+      sum.above += found.above;
+      sum.collected += found.collected;
+      kept += found.collected;
+    }
+    std::lock_guard<std::mutex> guard(lock);
+    all.sum.largest = std::max(all.sum.largest, sum.largest);
+    all.sum.above += sum.above;
+    all.bits.insert(all.bits.end(), bits.begin(), bits.begin() + sum.collected);
+  });
+  all.complete = kept <= most;
+  all.sum.collected = int64_t(all.bits.size());
+  return all;
+}
+
+Status check_finite(const char* op, const TensorView& w) {
+  constexpr int32_t kNothing = 0x7FFFFFFF;
+  return collect(w, kNothing, kNothing).sum.largest < infinite_bits(w) ? Status() : nonfinite(op, w);
 }
 
 // (w - mean) / std of the unit the weight belongs to, in double, rounded once to float32; 0 where std is 0.
@@ -110,17 +162,16 @@ double lam_below(float v) {
   return t * t;
 }
 
-uint32_t largest_first(const std::vector<int64_t>& counts, int64_t* rank) {
-  for (int64_t digit = int64_t(counts.size()) - 1; digit >= 0; --digit) {
-    if (*rank <= counts[size_t(digit)]) return uint32_t(digit);
-    *rank -= counts[size_t(digit)];
-  }
-  return 0;
+// Moves `rank` (from 1) from all counts to the bin it falls in, counted from the last, and returns that bin.
+size_t bin_of_rank(const std::vector<int64_t>& counts, int64_t* rank) {
+  size_t bin = counts.size() - 1;
+  for (; bin > 0 && *rank > counts[bin]; --bin) *rank -= counts[bin];
+  return bin;
 }
 
 std::vector<int64_t> count_digit(const TensorView& w, bool low_digit, uint32_t prefix) {
   const size_t bins = low_digit ? 65536 : 32768;
-  const MagnitudeDigitArgs args{w.data, w.dtype, low_digit, prefix};
+  const MagnitudeDigitArgs args{w.data, is_half(w), low_digit, prefix};
   std::vector<int64_t> total(bins, 0);
   std::mutex lock;
   parallel_for(0, w.numel(), 1 << 18, [&](int64_t begin, int64_t end) {
@@ -132,11 +183,67 @@ std::vector<int64_t> count_digit(const TensorView& w, bool low_digit, uint32_t p
   return total;
 }
 
-// The rank-th largest |w| of the whole tensor (rank from 1): two counting passes over the float32 bits.
-float select_magnitude(const TensorView& w, int64_t rank) {
-  const uint32_t high = largest_first(count_digit(w, false, 0), &rank);
-  const uint32_t low = largest_first(count_digit(w, true, high), &rank);
-  return bits_float((high << 16) | low);
+// The rank-th largest (from 1) of values in (low, high]: one counting pass, then the values of one bin.
+int32_t select_among(const std::vector<int32_t>& values, int32_t low, int32_t high, int64_t rank) {
+  int shift = 0;
+  while (((int64_t(high) - low) >> shift) >= 4096) ++shift;
+  std::vector<int64_t> counts(4096, 0);
+  for (int32_t v : values) ++counts[size_t((int64_t(v) - low) >> shift)];
+  const size_t bin = bin_of_rank(counts, &rank);
+  std::vector<int32_t> last;
+  for (int32_t v : values) {
+    if (size_t((int64_t(v) - low) >> shift) == bin) last.push_back(v);
+  }
+  std::nth_element(last.begin(), last.begin() + (rank - 1), last.end(), std::greater<int32_t>());
+  return last[size_t(rank - 1)];
+}
+
+// Bounds that hold the rank-th largest unless luck is bad: order statistics of an even sample, four deviations apart.
+void sample_bracket(const TensorView& w, int64_t rank, int32_t* low, int32_t* high) {
+  // Fours beside each other are one cache miss. Steps of an odd length: rows are often a power of two long, and a
+  // sample of a few columns is none.
+  const int64_t count = w.numel(), fours = std::clamp<int64_t>(count / 1024, 1, 1 << 13), size = 4 * fours;
+  const int64_t step = std::max<int64_t>(4, count / fours) | 1;
+  std::vector<int32_t> sample(static_cast<size_t>(size));
+  for (int64_t i = 0, at = 0; i < fours; ++i, at = (at + step) % count) {
+    for (int64_t j = 0; j < 4; ++j) sample[size_t(4 * i + j)] = magnitude_bits(w, std::min(at + j, count - 1));
+  }
+  const double share = double(rank) / double(count), expected = share * double(size);
+  const double apart = 4.0 * std::sqrt(expected * (1.0 - share)) + 1.0;
+  const auto largest = [&](double place) {  // from 0
+    const auto nth = sample.begin() + int64_t(place);
+    std::nth_element(sample.begin(), nth, sample.end(), std::greater<int32_t>());
+    return *nth;
+  };
+  *high = expected - apart < 0.0 ? 0x7FFFFFFF : largest(expected - apart);
+  *low = expected + apart > double(size - 1) ? -1 : largest(expected + apart) - 1;
+}
+
+// The magnitude bits of the rank-th largest |w|, and those of the largest. One pass in which a sample's bracket is
+// collected; where that fails, as on weights of few different values, two counting passes.
+int32_t select_magnitude(const TensorView& w, int64_t rank, int32_t* largest) {
+  int32_t low, high;
+  sample_bracket(w, rank, &low, &high);
+  const Collected found = collect(w, low, high);
+  *largest = found.sum.largest;
+  const int64_t inside = rank - found.sum.above;
+  if (found.complete && inside >= 1 && inside <= found.sum.collected) {
+    return select_among(found.bits, low, std::min(high, *largest), inside);
+  }
+  const size_t upper = bin_of_rank(count_digit(w, false, 0), &rank);
+  if (is_half(w)) return int32_t(upper);
+  return int32_t(upper << 16 | bin_of_rank(count_digit(w, true, uint32_t(upper)), &rank));
+}
+
+// The largest magnitude bits whose square is not above lam: survivors are above it.
+int32_t last_below(const TensorView& w, double lam) {
+  int32_t low = -1, high = infinite_bits(w);  // low survives not, high counts as if it did
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    const double value = double(magnitude_of(w, middle));
+    (value * value > lam ? high : low) = middle;
+  }
+  return low;
 }
 
 }  // namespace
@@ -184,13 +291,16 @@ Status SalienceThreshold::run(const TensorView* out) const {
     std::fill(lam, lam + out[0].numel(), 0.0);
     return {};
   }
-  PRECAL_RETURN_IF_ERROR(first_nonfinite("salience_threshold", w));
+  // With neither rows nor means to look at, the one pass over w also sees whether it is finite.
+  if (s != Scope::kTensor || mode != Normalize::kNone) PRECAL_RETURN_IF_ERROR(check_finite("salience_threshold", w));
   std::vector<float> buffer;
   const TensorView z = normalized(w, mode, group_size, &buffer);
   if (s == Scope::kTensor) {
     const int64_t k = wanted(alpha, N * K);
-    const double largest = double(select_magnitude(z, 1));
-    lam[0] = k == 0 ? largest * largest : lam_below(select_magnitude(z, k));
+    int32_t largest = 0;
+    const float kth = magnitude_of(z, select_magnitude(z, std::max<int64_t>(k, 1), &largest));
+    if (largest >= infinite_bits(z)) return nonfinite("salience_threshold", w);
+    lam[0] = k == 0 ? double(kth) * double(kth) : lam_below(kth);
     return {};
   }
   const int64_t unit = s == Scope::kRow ? K : std::min(group_size, K);
@@ -230,7 +340,7 @@ Status SalienceMask::run(const TensorView* out) const {
   PRECAL_RETURN_IF_ERROR(parse_scope("", scope, &s));
   PRECAL_RETURN_IF_ERROR(parse_normalize("", normalize, &mode));
   if (w.numel() == 0) return {};
-  PRECAL_RETURN_IF_ERROR(first_nonfinite("salience_mask", w));
+  PRECAL_RETURN_IF_ERROR(check_finite("salience_mask", w));
   std::vector<float> buffer;
   const TensorView z = normalized(w, mode, group_size, &buffer);
   const int64_t N = w.shape[0], K = w.shape[1];
@@ -238,11 +348,12 @@ Status SalienceMask::run(const TensorView* out) const {
   const double* limits = lam.as<double>();
   uint8_t* mask = out[0].as<uint8_t>();
   parallel_for(0, N, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+    const int64_t units = s == Scope::kGroup ? groups : 1, columns = s == Scope::kGroup ? std::min(group_size, K) : K;
+    MagnitudesArgs args{z.data, is_half(z), 0, s == Scope::kTensor ? last_below(z, limits[0]) : 0};
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t unit = s == Scope::kTensor ? 0 : s == Scope::kRow ? n : n * groups + k / group_size;
-        const double value = double(element(z, n * K + k));
-        mask[n * K + k] = value * value > limits[unit];
+      for (int64_t u = 0; u < units; ++u) {
+        if (s != Scope::kTensor) args.high = last_below(z, limits[n * units + u]);
+        kernels().mask_magnitudes(args, n * K + u * columns, n * K + std::min(K, (u + 1) * columns), mask);
       }
     }
   });

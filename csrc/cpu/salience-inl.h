@@ -2,6 +2,8 @@
 // Adaptive-LASSO soft threshold and the counting passes of its exact threshold.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/load-inl.h"
 
@@ -30,13 +32,80 @@ static void soft_threshold(const SoftThresholdArgs& args, int64_t begin, int64_t
 }
 
 static void magnitude_digit(const MagnitudeDigitArgs& args, int64_t begin, int64_t end, int64_t* counts) {
+  if (args.half_words) {
+    const uint16_t* w = static_cast<const uint16_t*>(args.w);
+    for (int64_t i = begin; i < end; ++i) ++counts[w[i] & 0x7FFFu];
+    return;
+  }
+  const uint32_t* w = static_cast<const uint32_t*>(args.w);
   for (int64_t i = begin; i < end; ++i) {
-    const uint32_t magnitude = float_bits(load_element(args.w, args.dtype, i)) & 0x7FFFFFFFu;
+    const uint32_t magnitude = w[i] & 0x7FFFFFFFu;
     if (!args.low_digit) {
       ++counts[magnitude >> 16];
     } else if ((magnitude >> 16) == args.prefix) {
       ++counts[magnitude & 0xFFFFu];
     }
+  }
+}
+
+template <bool kHalf>
+static Magnitudes collect_magnitudes_of(const MagnitudesArgs& args, int64_t begin, int64_t end, int32_t* out) {
+  const uint16_t* half = static_cast<const uint16_t*>(args.w);
+  const int32_t* full = static_cast<const int32_t*>(args.w);
+  // low < m <= high as one comparison: m - (low + 1) <= high - (low + 1), unsigned.
+  const uint32_t first = uint32_t(args.low) + 1, span = uint32_t(args.high) - first;
+  const I32 magnitude = splat_word(kHalf ? 0x7FFF : 0x7FFFFFFF), high = splat_word(args.high);
+  const I32 offset = splat_word(int32_t(first)), width = splat_word(int32_t(span));
+  I32 largest = zero_words(), above = zero_words();
+  Magnitudes found{0, 0, 0};
+  // Blocks that fit in the first level cache: first where those are that are wanted, so that nothing waits for memory
+  // but the loads; then, from the cache, themselves. Neither has a branch that data decide.
+  constexpr int64_t kBlock = 1024, kAhead = 1024;
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    uint16_t wanted[kBlock / kLanes];
+    for (int64_t j = 0; j < kBlock; j += kLanes) {
+      __builtin_prefetch(kHalf ? static_cast<const void*>(half + i + j + kAhead) : full + i + j + kAhead);
+      const I32 m = bit_and(kHalf ? widen_words(half + i + j) : load_words(full + i + j), magnitude);
+      largest = max_word(largest, m);
+      above = count_greater(above, m, high);
+      wanted[j / kLanes] = uint16_t(at_most_unsigned(sub_word(m, offset), width));
+    }
+    for (int64_t j = 0; j < kBlock && args.low < args.high; j += 4 * kLanes) {
+      uint64_t four;
+      std::memcpy(&four, wanted + j / kLanes, sizeof four);
+      if (four == 0) continue;
+      for (int64_t at = i + j; at < i + j + 4 * kLanes; at += kLanes, four >>= kLanes) {
+        const I32 m = bit_and(kHalf ? widen_words(half + at) : load_words(full + at), magnitude);
+        found.collected += append_where(uint32_t(four & 0xFFFFu), m, out + found.collected);
+      }
+    }
+  }
+  found.largest = largest_word(largest);
+  int32_t counts[kLanes];
+  store_words(counts, above);
+  for (int32_t count : counts) found.above += count;
+  for (; i < end; ++i) {
+    const int32_t m = kHalf ? half[i] & 0x7FFF : full[i] & 0x7FFFFFFF;
+    if (m > found.largest) found.largest = m;
+    if (m > args.high) ++found.above;
+    else if (m > args.low) out[found.collected++] = m;
+  }
+  return found;
+}
+
+static Magnitudes collect_magnitudes(const MagnitudesArgs& args, int64_t begin, int64_t end, int32_t* out) {
+  return args.half_words ? collect_magnitudes_of<true>(args, begin, end, out)
+                         : collect_magnitudes_of<false>(args, begin, end, out);
+}
+
+static void mask_magnitudes(const MagnitudesArgs& args, int64_t begin, int64_t end, uint8_t* mask) {
+  if (args.half_words) {
+    const uint16_t* w = static_cast<const uint16_t*>(args.w);
+    for (int64_t i = begin; i < end; ++i) mask[i] = (w[i] & 0x7FFF) > args.high;
+  } else {
+    const int32_t* w = static_cast<const int32_t*>(args.w);
+    for (int64_t i = begin; i < end; ++i) mask[i] = (w[i] & 0x7FFFFFFF) > args.high;
   }
 }
 

@@ -73,6 +73,25 @@ PRECAL_INLINE F32 lookup32(F32 low, F32 high, I32 index) { return {_mm512_permut
 // table[index & 15], per lane
 PRECAL_INLINE F32 lookup16(F32 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 PRECAL_INLINE void store_words(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+PRECAL_INLINE I32 splat_word(int32_t a) { return {_mm512_set1_epi32(a)}; }
+PRECAL_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+PRECAL_INLINE I32 max_word(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+PRECAL_INLINE int32_t largest_word(I32 a) { return _mm512_reduce_max_epi32(a.v); }
+PRECAL_INLINE I32 widen_words(const uint16_t* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+// a > b ? acc + 1 : acc
+PRECAL_INLINE I32 count_greater(I32 acc, I32 a, I32 b) {
+  return {_mm512_mask_sub_epi32(acc.v, _mm512_cmpgt_epi32_mask(a.v, b.v), acc.v, _mm512_set1_epi32(-1))};
+}
+// Bit i: a <= b in lane i, as unsigned numbers.
+PRECAL_INLINE uint32_t at_most_unsigned(I32 a, I32 b) { return _mm512_cmple_epu32_mask(a.v, b.v); }
+// Writes the lanes of `mask` next to each other and returns their number; up to 16 words at p may change.
+PRECAL_INLINE int append_where(uint32_t mask, I32 a, int32_t* p) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(__mmask16(mask), a.v));
+  return __builtin_popcount(mask);
+}
 
 #elif defined(__AVX2__)
 
@@ -173,6 +192,38 @@ PRECAL_INLINE F32 lookup32(F32 low, F32 high, I32 index) {
 PRECAL_INLINE void store_words(int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
+}
+PRECAL_INLINE I32 splat_word(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+PRECAL_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+PRECAL_INLINE I32 max_word(I32 a, I32 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+PRECAL_INLINE int32_t largest_word(I32 a) {
+  const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+}
+PRECAL_INLINE I32 widen_words(const uint16_t* p) {
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+PRECAL_INLINE I32 count_greater(I32 acc, I32 a, I32 b) {
+  return {_mm256_sub_epi32(acc.lo, _mm256_cmpgt_epi32(a.lo, b.lo)),
+          _mm256_sub_epi32(acc.hi, _mm256_cmpgt_epi32(a.hi, b.hi))};
+}
+PRECAL_INLINE uint32_t at_most_unsigned(I32 a, I32 b) {
+  const __m256i lo = _mm256_cmpeq_epi32(_mm256_min_epu32(a.lo, b.lo), a.lo);
+  const __m256i hi = _mm256_cmpeq_epi32(_mm256_min_epu32(a.hi, b.hi), a.hi);
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(lo))) | uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(hi)))
+                                                                     << 8;
+}
+PRECAL_INLINE int append_where(uint32_t mask, I32 a, int32_t* p) {
+  if (mask == 0) return 0;
+  int32_t lanes[kLanes];
+  store_words(lanes, a);
+  int count = 0;
+  for (; mask != 0; mask &= mask - 1) p[count++] = lanes[__builtin_ctz(mask)];
+  return count;
 }
 
 #else  // scalar: the specification
@@ -316,6 +367,53 @@ PRECAL_INLINE F32 lookup16(F32 table, I32 index) {
   return r;
 }
 PRECAL_INLINE void store_words(int32_t* p, I32 a) { PRECAL_LANES(p, int32_t(a.v[i])); }
+PRECAL_INLINE I32 splat_word(int32_t a) {
+  I32 r;
+  PRECAL_LANES(r.v, uint32_t(a));
+  return r;
+}
+PRECAL_INLINE I32 bit_and(I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] & b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 max_word(I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, int32_t(a.v[i]) > int32_t(b.v[i]) ? a.v[i] : b.v[i]);
+  return r;
+}
+PRECAL_INLINE int32_t largest_word(I32 a) {
+  int32_t largest = int32_t(a.v[0]);
+  for (int i = 1; i < kLanes; ++i) largest = int32_t(a.v[i]) > largest ? int32_t(a.v[i]) : largest;
+  return largest;
+}
+PRECAL_INLINE I32 widen_words(const uint16_t* p) {
+  I32 r;
+  PRECAL_LANES(r.v, p[i]);
+  return r;
+}
+PRECAL_INLINE I32 sub_word(I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] - b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 count_greater(I32 acc, I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, acc.v[i] + uint32_t(int32_t(a.v[i]) > int32_t(b.v[i])));
+  return r;
+}
+PRECAL_INLINE uint32_t at_most_unsigned(I32 a, I32 b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] <= b.v[i]) << i;
+  return mask;
+}
+PRECAL_INLINE int append_where(uint32_t mask, I32 a, int32_t* p) {
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    if (((mask >> i) & 1u) != 0u) p[count++] = int32_t(a.v[i]);
+  }
+  return count;
+}
 #undef PRECAL_LANES
 
 #endif

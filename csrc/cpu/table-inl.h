@@ -17,6 +17,8 @@ static constexpr KernelTable make_table(const char* name) {
   return {name,
           soft_threshold,
           magnitude_digit,
+          collect_magnitudes,
+          mask_magnitudes,
           histogram,
           quantize_rows,
           pack_rows,
