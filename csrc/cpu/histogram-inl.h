@@ -17,26 +17,118 @@ PRECAL_INLINE int64_t find_bin(double x, double lo, double h, int64_t num_bins) 
   return bin;
 }
 
-static bool histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_end, int64_t* counts,
-                      int64_t* outside) {
+// Where the quotient in float32 tells the bin: its error, of lo, the difference, the product and the quotient itself,
+// is below `margin` bins. Elsewhere, and where margin would be large, find_bin decides.
+struct QuickBins {
+  float lo, per_bin, margin;
+  bool usable;
+};
+
+static QuickBins quick_bins(const HistogramArgs& args) {
+  const double range = args.hi - args.lo, bins = double(args.num_bins);
+  const double reach = args.hi > -args.lo ? args.hi : -args.lo;
+  const double margin = bins * 6e-8 * (reach / range + 4.0);
+  const double per_bin = bins / range;
+  return {float(args.lo), float(per_bin), float(margin), margin < 0.06 && per_bin > 1e-30 && per_bin < 1e30};
+}
+
+PRECAL_INLINE void count_weight(const HistogramArgs& args, double h, float quotient, int64_t mass, int64_t* counts,
+                                int64_t* outside) {
+  const double x = double(quotient);
+  if (x >= args.lo && x <= args.hi) {
+    counts[find_bin(x, args.lo, h, args.num_bins)] += mass;
+  } else {
+    outside[x < args.lo ? 0 : x > args.hi ? 1 : 2] += mass;
+  }
+}
+
+// Bins of whole vectors of weights with one divisor; those outside have none. inside [count / 16]: masks over lanes.
+static void find_bins(const HistogramArgs& args, const QuickBins& quick, int64_t first, int64_t count, float divisor,
+                      int64_t mass, int32_t* bins, uint16_t* inside, int64_t* outside) {
   const double h = (args.hi - args.lo) / double(args.num_bins);
-  for (int64_t n = row_begin; n < row_end; ++n) {
-    for (int64_t g = 0; g < args.num_groups; ++g) {
-      const int64_t group = n * args.num_groups + g;
-      const int64_t mass = args.weight ? args.weight[group] : 1;
-      if (mass == 0) continue;
-      const float divisor = args.divisor ? args.divisor[group] : 1.0f;
-      const int64_t begin = g * args.group_size;
-      const int64_t end = begin + args.group_size < args.K ? begin + args.group_size : args.K;
-      for (int64_t k = begin; k < end; ++k) {
-        const double x = double(load_element(args.w, args.dtype, n * args.K + k) / divisor);
-        const int64_t label = args.label ? args.label[n * args.K + k] : 0;
-        if (label >= args.num_labels) return false;
+  const F32 lo = splat(quick.lo), per_bin = splat(quick.per_bin), half = splat(0.5f), near = splat(0.5f - quick.margin);
+  const I32 last = splat_word(int32_t(args.num_bins - 1));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    F32 quotient = load_weights(args.w, args.dtype, first + i);
+    if (divisor != 1.0f) quotient = div(quotient, splat(divisor));
+    const F32 place = mul(sub(quotient, lo), per_bin);
+    const I32 bin = truncate_words(place);
+    // Far from both edges of its bin. A place below 0 is truncated upwards and lies below its bin.
+    uint32_t found = less(abs(sub(sub(place, as_numbers(bin)), half)), near) & at_most_unsigned(bin, last);
+    store_words(bins + i, bin);
+    if (found != 0xFFFFu) {
+      float lanes[kLanes];
+      store(lanes, quotient);
+      for (uint32_t unsure = found ^ 0xFFFFu; unsure != 0; unsure &= unsure - 1) {
+        const int j = __builtin_ctz(unsure);
+        const double x = double(lanes[j]);
         if (x >= args.lo && x <= args.hi) {
-          counts[label * args.num_bins + find_bin(x, args.lo, h, args.num_bins)] += mass;
+          bins[i + j] = int32_t(find_bin(x, args.lo, h, args.num_bins));
+          found |= 1u << j;
         } else {
           outside[x < args.lo ? 0 : x > args.hi ? 1 : 2] += mass;
         }
+      }
+    }
+    inside[i / kLanes] = uint16_t(found);
+  }
+}
+
+template <typename Add>
+PRECAL_INLINE void for_inside(int64_t count, const uint16_t* inside, const Add& add) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    if (inside[i / kLanes] == 0xFFFFu) {
+      for (int j = 0; j < kLanes; ++j) add(i + j);
+    } else {
+      for (uint32_t bits = inside[i / kLanes]; bits != 0; bits &= bits - 1) add(i + __builtin_ctz(bits));
+    }
+  }
+}
+
+// Whole vectors of a run of weights with one divisor and one mass; returns how many weights that were. Bins are found
+// well before they are counted: a narrow load right after the wide store it reads from would wait.
+static int64_t count_run(const HistogramArgs& args, const QuickBins& quick, int64_t first, int64_t count, float divisor,
+                         int64_t mass, int64_t* counts, int64_t* outside, uint32_t* ones) {
+  constexpr int64_t kAtOnce = 512;
+  int32_t bins[kAtOnce];
+  uint16_t inside[kAtOnce / kLanes];
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kAtOnce) {
+    const int64_t n = whole - i < kAtOnce ? whole - i : kAtOnce;
+    find_bins(args, quick, first + i, n, divisor, mass, bins, inside, outside);
+    if (args.label) {
+      const uint8_t* label = args.label + first + i;
+      for_inside(n, inside, [&](int64_t j) { counts[label[j] * args.num_bins + bins[j]] += mass; });
+    } else if (ones != nullptr && mass == 1) {
+      for_inside(n, inside, [&](int64_t j) { ++ones[bins[j] * kQuickCounts + j % kQuickCounts]; });
+    } else {
+      for_inside(n, inside, [&](int64_t j) { counts[bins[j]] += mass; });
+    }
+  }
+  return whole;
+}
+
+static bool histogram(const HistogramArgs& args, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside,
+                      uint32_t* ones) {
+  const double h = (args.hi - args.lo) / double(args.num_bins);
+  const QuickBins quick = quick_bins(args);
+  for (int64_t n = row_begin; n < row_end; ++n) {
+    for (int64_t g = 0; g < args.num_groups; ++g) {
+      const int64_t group = n * args.num_groups + g;
+      const int64_t begin = g * args.group_size, first = n * args.K + begin;
+      const int64_t count = begin + args.group_size < args.K ? args.group_size : args.K - begin;
+      const int64_t mass = args.weight ? args.weight[group] : 1;
+      if (mass == 0) continue;
+      if (args.label) {
+        int highest = 0;
+        for (int64_t i = 0; i < count; ++i) highest = args.label[first + i] > highest ? args.label[first + i] : highest;
+        if (highest >= args.num_labels) return false;
+      }
+      const float divisor = args.divisor ? args.divisor[group] : 1.0f;
+      int64_t i = quick.usable ? count_run(args, quick, first, count, divisor, mass, counts, outside, ones) : 0;
+      for (; i < count; ++i) {
+        count_weight(args, h, load_element(args.w, args.dtype, first + i) / divisor, mass,
+                     counts + (args.label ? args.label[first + i] : 0) * args.num_bins, outside);
       }
     }
   }

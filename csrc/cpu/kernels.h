@@ -52,6 +52,9 @@ struct HistogramArgs {
   int64_t num_labels;
 };
 
+// Neighbours count in different places, so that one need not wait for the other.
+constexpr int64_t kQuickCounts = 4;
+
 struct QuantizeArgs {
   const void* w;  // [N, K] dtype
   DType dtype;
@@ -201,8 +204,10 @@ struct KernelTable {
   // At most 2^31 of them; `out` has room for them all and 16 words more.
   Magnitudes (*collect_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, int32_t* out);
   void (*mask_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, uint8_t* mask);  // out[i]: above high
-  // counts [num_labels][num_bins]. Returns false when a label is not below num_labels.
-  bool (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside);
+  // counts [num_labels][num_bins]. What weighs 1 may go to `quick` [num_bins][kQuickCounts] instead (nullptr: none),
+  // for fewer than 2^31 weights without labels. Returns false when a label is not below num_labels.
+  bool (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside,
+                    uint32_t* quick);
   // Returns the flat index of the first element that is not finite or above kMaxWeight, or -1.
   int64_t (*quantize_rows)(const QuantizeArgs&, int64_t row_begin, int64_t row_end, float* scratch);
   // Returns false when a code does not fit in `bits`.

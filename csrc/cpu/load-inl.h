@@ -28,6 +28,17 @@ static void load_elements(const void* w, DType dtype, int64_t begin, int64_t cou
   }
 }
 
+// Sixteen weights from `index` on.
+PRECAL_INLINE F32 load_weights(const void* w, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat32) return load(static_cast<const float*>(w) + index);
+  if (dtype == DType::kBFloat16) {
+    return as_floats(shift_left(widen_words(static_cast<const uint16_t*>(w) + index), 16));
+  }
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = half_to_float(static_cast<const uint16_t*>(w)[index + i]);
+  return load(lanes);
+}
+
 PRECAL_INLINE void store_element(void* out, DType dtype, int64_t index, float value) {
   switch (dtype) {
     case DType::kBFloat16: static_cast<uint16_t*>(out)[index] = float_to_bf16(value); break;

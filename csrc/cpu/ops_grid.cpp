@@ -15,6 +15,7 @@ namespace precal::cpu {
 namespace {
 
 constexpr int64_t kMaxBins = 1 << 24;
+constexpr int64_t kQuickBins = 2048;  // four counts of 4 bytes for so many leave room in the first level cache
 constexpr int64_t kMaxMass = int64_t(1) << 31;  // of a weight in its bin: 2^32 weights of one bin fit in int64
 constexpr double kMaxPosition = 1e100;          // of a bin, in levels: sums of squares and of counts stay finite
 
@@ -322,7 +323,8 @@ Status Histogram::plan(TensorSpec* out) const {
 
 Status Histogram::run(const TensorView* out) const {
   // A larger group is the whole row; begin + group_size must not overflow.
-  const int64_t columns = std::min(group_size, std::max<int64_t>(w.shape[1], 1));
+  const int64_t row = std::max<int64_t>(w.shape[1], 1);
+  const int64_t columns = divisor.present || weight.present ? std::min(group_size, row) : row;
   HistogramArgs args{w.data,
                      w.dtype,
                      w.shape[1],
@@ -351,11 +353,15 @@ Status Histogram::run(const TensorView* out) const {
   std::mutex lock;
   bool labelled = true;
   parallel_for(0, w.shape[0], grain, [&](int64_t begin, int64_t end) {
+    const bool quick = !label.present && num_bins <= kQuickBins && (end - begin) * args.K < (int64_t(1) << 31);
     std::vector<int64_t> local(size_t(cells) + 3, 0);
-    const bool good = kernels().histogram(args, begin, end, local.data(), local.data() + cells);
+    std::vector<uint32_t> ones(quick ? size_t(cells * kQuickCounts) : 0, 0);
+    const bool good =
+        kernels().histogram(args, begin, end, local.data(), local.data() + cells, quick ? ones.data() : nullptr);
     std::lock_guard<std::mutex> guard(lock);
     labelled = labelled && good;
     for (int64_t i = 0; i < cells; ++i) counts[i] += local[size_t(i)];
+    for (size_t i = 0; i < ones.size(); ++i) counts[i / kQuickCounts] += ones[i];
     for (int64_t i = 0; i < 3; ++i) outside[i] += local[size_t(cells + i)];
   });
   if (!labelled) return invalid_value("histogram: label must be below num_labels = ", num_labels, ", got a larger one");

@@ -12,6 +12,7 @@
 #endif
 
 #include "core/macros.h"
+#include "core/numeric.h"
 
 #ifndef PRECAL_ISA_NAMESPACE
 #error "define PRECAL_ISA_NAMESPACE before including a kernel body"
@@ -74,6 +75,10 @@ PRECAL_INLINE F32 lookup32(F32 low, F32 high, I32 index) { return {_mm512_permut
 PRECAL_INLINE F32 lookup16(F32 table, I32 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 PRECAL_INLINE void store_words(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 PRECAL_INLINE I32 splat_word(int32_t a) { return {_mm512_set1_epi32(a)}; }
+PRECAL_INLINE F32 as_floats(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
+// Towards zero; beyond 2^31, and NaN: any value that no lane index has.
+PRECAL_INLINE I32 truncate_words(F32 a) { return {_mm512_cvttps_epi32(a.v)}; }
+PRECAL_INLINE F32 as_numbers(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PRECAL_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 PRECAL_INLINE I32 max_word(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 PRECAL_INLINE int32_t largest_word(I32 a) { return _mm512_reduce_max_epi32(a.v); }
@@ -194,6 +199,9 @@ PRECAL_INLINE void store_words(int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
 PRECAL_INLINE I32 splat_word(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+PRECAL_INLINE F32 as_floats(I32 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+PRECAL_INLINE I32 truncate_words(F32 a) { return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
+PRECAL_INLINE F32 as_numbers(I32 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 PRECAL_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 PRECAL_INLINE I32 max_word(I32 a, I32 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 PRECAL_INLINE int32_t largest_word(I32 a) {
@@ -367,6 +375,21 @@ PRECAL_INLINE F32 lookup16(F32 table, I32 index) {
   return r;
 }
 PRECAL_INLINE void store_words(int32_t* p, I32 a) { PRECAL_LANES(p, int32_t(a.v[i])); }
+PRECAL_INLINE F32 as_floats(I32 a) {
+  F32 r;
+  PRECAL_LANES(r.v, bits_float(a.v[i]));
+  return r;
+}
+PRECAL_INLINE I32 truncate_words(F32 a) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f ? uint32_t(int32_t(a.v[i])) : 0x80000000u);
+  return r;
+}
+PRECAL_INLINE F32 as_numbers(I32 a) {
+  F32 r;
+  PRECAL_LANES(r.v, float(int32_t(a.v[i])));
+  return r;
+}
 PRECAL_INLINE I32 splat_word(int32_t a) {
   I32 r;
   PRECAL_LANES(r.v, uint32_t(a));
