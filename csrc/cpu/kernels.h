@@ -203,7 +203,8 @@ struct KernelTable {
   void (*magnitude_digit)(const MagnitudeDigitArgs&, int64_t begin, int64_t end, int64_t* counts);
   // At most 2^31 of them; `out` has room for them all and 16 words more.
   Magnitudes (*collect_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, int32_t* out);
-  void (*mask_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, uint8_t* mask);  // out[i]: above high
+  // mask[i]: above high. Returns the largest magnitude.
+  int32_t (*mask_magnitudes)(const MagnitudesArgs&, int64_t begin, int64_t end, uint8_t* mask);
   // counts [num_labels][num_bins]. What weighs 1 may go to `quick` [num_bins][kQuickCounts] instead (nullptr: none),
   // for fewer than 2^31 weights without labels. Returns false when a label is not below num_labels.
   bool (*histogram)(const HistogramArgs&, int64_t row_begin, int64_t row_end, int64_t* counts, int64_t* outside,

@@ -340,12 +340,13 @@ Status SalienceMask::run(const TensorView* out) const {
   PRECAL_RETURN_IF_ERROR(parse_scope("", scope, &s));
   PRECAL_RETURN_IF_ERROR(parse_normalize("", normalize, &mode));
   if (w.numel() == 0) return {};
-  PRECAL_RETURN_IF_ERROR(check_finite("salience_mask", w));
+  if (mode != Normalize::kNone) PRECAL_RETURN_IF_ERROR(check_finite("salience_mask", w));
   std::vector<float> buffer;
   const TensorView z = normalized(w, mode, group_size, &buffer);
   const int64_t N = w.shape[0], K = w.shape[1];
   const int64_t groups = ceil_div(K, group_size);
   const double* limits = lam.as<double>();
+  std::atomic<bool> finite{true};
   uint8_t* mask = out[0].as<uint8_t>();
   parallel_for(0, N, std::max<int64_t>(1, kElementGrain / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
     const int64_t units = s == Scope::kGroup ? groups : 1, columns = s == Scope::kGroup ? std::min(group_size, K) : K;
@@ -353,11 +354,12 @@ Status SalienceMask::run(const TensorView* out) const {
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t u = 0; u < units; ++u) {
         if (s != Scope::kTensor) args.high = last_below(z, limits[n * units + u]);
-        kernels().mask_magnitudes(args, n * K + u * columns, n * K + std::min(K, (u + 1) * columns), mask);
+        const int64_t first = n * K + u * columns, last = n * K + std::min(K, (u + 1) * columns);
+        if (kernels().mask_magnitudes(args, first, last, mask) >= infinite_bits(z)) finite = false;
       }
     }
   });
-  return {};
+  return finite ? Status() : nonfinite("salience_mask", w);
 }
 
 }  // namespace precal::cpu

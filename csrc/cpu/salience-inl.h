@@ -99,14 +99,23 @@ static Magnitudes collect_magnitudes(const MagnitudesArgs& args, int64_t begin, 
                          : collect_magnitudes_of<false>(args, begin, end, out);
 }
 
-static void mask_magnitudes(const MagnitudesArgs& args, int64_t begin, int64_t end, uint8_t* mask) {
-  if (args.half_words) {
-    const uint16_t* w = static_cast<const uint16_t*>(args.w);
-    for (int64_t i = begin; i < end; ++i) mask[i] = (w[i] & 0x7FFF) > args.high;
-  } else {
-    const int32_t* w = static_cast<const int32_t*>(args.w);
-    for (int64_t i = begin; i < end; ++i) mask[i] = (w[i] & 0x7FFFFFFF) > args.high;
+template <typename Word>
+static int32_t mask_magnitudes_of(const Word* w, Word magnitude, int32_t high, int64_t begin, int64_t end,
+                                  uint8_t* mask) {
+  Word largest = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Word m = w[i] & magnitude;
+    largest = m > largest ? m : largest;
+    mask[i] = int32_t(m) > high;
   }
+  return int32_t(largest);
+}
+
+static int32_t mask_magnitudes(const MagnitudesArgs& args, int64_t begin, int64_t end, uint8_t* mask) {
+  return args.half_words
+             ? mask_magnitudes_of<uint16_t>(static_cast<const uint16_t*>(args.w), 0x7FFF, args.high, begin, end, mask)
+             : mask_magnitudes_of<uint32_t>(static_cast<const uint32_t*>(args.w), 0x7FFFFFFF, args.high, begin, end,
+                                            mask);
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
