@@ -19,9 +19,11 @@ PRECAL_INLINE int64_t find_bin(double x, double lo, double h, int64_t num_bins) 
 
 // Where the quotient in float32 tells the bin: its error, of lo, the difference, the product and the quotient itself,
 // is below `margin` bins. Elsewhere, and where margin would be large, find_bin decides.
+// Where bins are a power of two wide and 0 is an edge, as in all of precal's own histograms, floor(w / width) is exact.
 struct QuickBins {
   float lo, per_bin, margin;
-  bool usable;
+  bool usable, exact;
+  int32_t first;  // exact: lo / width
 };
 
 static QuickBins quick_bins(const HistogramArgs& args) {
@@ -29,7 +31,14 @@ static QuickBins quick_bins(const HistogramArgs& args) {
   const double reach = args.hi > -args.lo ? args.hi : -args.lo;
   const double margin = bins * 6e-8 * (reach / range + 4.0);
   const double per_bin = bins / range;
-  return {float(args.lo), float(per_bin), float(margin), margin < 0.06 && per_bin > 1e-30 && per_bin < 1e30};
+  const double first = args.lo * per_bin, limit = 1 << 30;
+  const bool representable = per_bin > 1e-30 && per_bin < 1e30;
+  const bool power = representable && per_bin >= 1.0 && (float_bits(float(per_bin)) & 0x7FFFFFu) == 0 &&
+                     double(float(per_bin)) == per_bin;
+  const bool whole = first > -limit && first < limit && double(int32_t(first)) == first;
+  return {float(args.lo), float(per_bin),
+          float(margin),  representable && (margin < 0.06 || (power && whole)),
+          power && whole, whole ? int32_t(first) : 0};
 }
 
 PRECAL_INLINE void count_weight(const HistogramArgs& args, double h, float quotient, int64_t mass, int64_t* counts,
@@ -43,18 +52,25 @@ PRECAL_INLINE void count_weight(const HistogramArgs& args, double h, float quoti
 }
 
 // Bins of whole vectors of weights with one divisor; those outside have none. inside [count / 16]: masks over lanes.
+template <bool kExact>
 static void find_bins(const HistogramArgs& args, const QuickBins& quick, int64_t first, int64_t count, float divisor,
                       int64_t mass, int32_t* bins, uint16_t* inside, int64_t* outside) {
   const double h = (args.hi - args.lo) / double(args.num_bins);
   const F32 lo = splat(quick.lo), per_bin = splat(quick.per_bin), half = splat(0.5f), near = splat(0.5f - quick.margin);
-  const I32 last = splat_word(int32_t(args.num_bins - 1));
+  const I32 last = splat_word(int32_t(args.num_bins - 1)), first_bin = splat_word(quick.first);
   for (int64_t i = 0; i < count; i += kLanes) {
     F32 quotient = load_weights(args.w, args.dtype, first + i);
     if (divisor != 1.0f) quotient = div(quotient, splat(divisor));
-    const F32 place = mul(sub(quotient, lo), per_bin);
-    const I32 bin = truncate_words(place);
-    // Far from both edges of its bin. A place below 0 is truncated upwards and lies below its bin.
-    uint32_t found = less(abs(sub(sub(place, as_numbers(bin)), half)), near) & at_most_unsigned(bin, last);
+    const F32 place = mul(kExact ? quotient : sub(quotient, lo), per_bin);
+    I32 bin = truncate_words(place);
+    uint32_t found = 0xFFFFu;
+    if (kExact) {
+      bin = sub_word(sub_word(bin, first_bin), below(place, as_numbers(bin)));  // truncated upwards below 0
+    } else {
+      // Far from both edges of its bin. A place below 0 is truncated upwards and lies below its bin.
+      found = less(abs(sub(sub(place, as_numbers(bin)), half)), near);
+    }
+    found &= at_most_unsigned(bin, last);
     store_words(bins + i, bin);
     if (found != 0xFFFFu) {
       float lanes[kLanes];
@@ -95,7 +111,8 @@ static int64_t count_run(const HistogramArgs& args, const QuickBins& quick, int6
   const int64_t whole = count / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kAtOnce) {
     const int64_t n = whole - i < kAtOnce ? whole - i : kAtOnce;
-    find_bins(args, quick, first + i, n, divisor, mass, bins, inside, outside);
+    const auto find = quick.exact ? find_bins<true> : find_bins<false>;
+    find(args, quick, first + i, n, divisor, mass, bins, inside, outside);
     if (args.label) {
       const uint8_t* label = args.label + first + i;
       for_inside(n, inside, [&](int64_t j) { counts[label[j] * args.num_bins + bins[j]] += mass; });

@@ -86,6 +86,8 @@ PRECAL_INLINE I32 widen_words(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+// a < b ? 1 : 0
+PRECAL_INLINE I32 below(F32 a, F32 b) { return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), 1)}; }
 // a > b ? acc + 1 : acc
 PRECAL_INLINE I32 count_greater(I32 acc, I32 a, I32 b) {
   return {_mm512_mask_sub_epi32(acc.v, _mm512_cmpgt_epi32_mask(a.v, b.v), acc.v, _mm512_set1_epi32(-1))};
@@ -215,6 +217,10 @@ PRECAL_INLINE I32 widen_words(const uint16_t* p) {
           _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+PRECAL_INLINE I32 below(F32 a, F32 b) {
+  return {_mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)), 31),
+          _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)), 31)};
+}
 PRECAL_INLINE I32 count_greater(I32 acc, I32 a, I32 b) {
   return {_mm256_sub_epi32(acc.lo, _mm256_cmpgt_epi32(a.lo, b.lo)),
           _mm256_sub_epi32(acc.hi, _mm256_cmpgt_epi32(a.hi, b.hi))};
@@ -418,6 +424,11 @@ PRECAL_INLINE I32 widen_words(const uint16_t* p) {
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) {
   I32 r;
   PRECAL_LANES(r.v, a.v[i] - b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 below(F32 a, F32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] < b.v[i] ? 1u : 0u);
   return r;
 }
 PRECAL_INLINE I32 count_greater(I32 acc, I32 a, I32 b) {
