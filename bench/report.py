@@ -19,6 +19,7 @@ from pathlib import Path
 from faults_table import faults_table
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
+from quantizing import quantizing_section
 from rows import Row, in_panel, ours, panels, source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,7 +357,9 @@ def main() -> None:
     docs = ROOT / "docs"
     readme, method = ROOT / "README.md", docs / "method.md"
     front = replace(readme.read_text(encoding="utf-8"), "performance", readme_performance(speed))
-    wanted = {docs / "performance.md": performance_page(speed, quoted, models, heads)}
+    steps, whole = rows("quantize_speed.jsonl"), rows("quantize_checkpoint.jsonl")
+    speed_page = performance_page(speed, quoted, models, heads) + quantizing_section(steps, whole)
+    wanted = {docs / "performance.md": speed_page}
     if recipes:
         front = replace(front, "recipes", readme_table(recipes))
         wanted[docs / "results.md"] = results_page(recipes)

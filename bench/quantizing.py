@@ -1,0 +1,82 @@
+"""Rows of bench/quantize_speed.py and quantize_checkpoint.py -> the part of docs/performance.md about quantizing."""
+
+from __future__ import annotations
+
+from performance import machines, of_machine
+from rows import Row
+
+EMPTY = "No run of `bench/quantize_speed.py` is committed yet."
+
+HOW = """\
+Million weights per second, median over rounds that go through all contenders; in brackets core-cycles per weight: CPU
+time of the process times the frequency, which follows from float32 multiply-adds measured in the same rounds. memcpy
+and read are torch's, of as many bytes as the weight has. In detail: `bench/quantize_speed.py`."""
+
+# GB/s of float32 input on two threads of a machine of the same kind, 4096 x 14336, measured apart.
+QUOTED = (("ggml Q4_0", 5.8), ("ggml Q3_K", 0.69), ("ggml Q4_K", 0.155), ("ggml IQ4_NL", 0.044), ("ggml IQ3_S", 0.029))
+
+LIMITS = """\
+What limits them. **Recipe precal**: about one vector instruction per weight and candidate scale (62 for 64 rows: one
+multiplication and four lookups, then a square per subset of levels and the add-compare-select of four states) and
+eight scales, so 3 to 4 cycles; the rest is reading the weight twice, turning it so that rows become lanes, and
+turning the codes back. **histogram**: a load of an index and an increment in memory per weight, about five
+instructions; four counts per bin against waiting for a neighbour brought nothing, finding bins well before they are
+counted a fifth. Next would be byte offsets instead of indices, which saves the shift. **salience_threshold** on one
+thread is bound by its own instructions as much as by memory: a branch per candidate waits for the load it depends on
+(0.9 cycles), collecting from the cache without one 0.8. **Recipe paper** is three passes (threshold, mask, codes) and
+a fourth that packs; rows in parts that stay in the cache gained a tenth and lost the place of a bad weight in the
+error. **kl_nats** is unpacking, levels and masks by torch ops around one histogram by code; a kernel that does all of
+it in one pass would be next."""
+
+
+def cell(row: Row | None) -> str:
+    return "-" if row is None else f"{row['mweights_per_s']:.4g} ({row['cycles_per_weight']:.3g})"
+
+
+def quantizing_section(steps: list[Row], whole: list[Row]) -> str:
+    lines = ["", "# Speed of quantizing", "", *(HOW.splitlines() if steps else [EMPTY])]
+    for machine in machines(steps):
+        part = of_machine(steps, machine)
+        cpu, isa, threads = machine
+        newest = max(part, key=lambda r: str(r["date"]))
+        lines += [
+            "",
+            f"## {cpu}, {isa}, {threads} thread{'s' * (threads > 1)}",
+            "",
+            f"{newest['date']}, commit {newest['commit']}, {newest['ghz']} GHz; `{newest['command']}`.",
+            "",
+            "| | float32 | bfloat16 | recipe precal is faster, float32 |",
+            "|---|---|---|---|",
+        ]
+        at = {(r["name"], r["dtype"]): r for r in part}
+        default = at.get(("recipe precal, 4 bits", "float32"))
+        for name in dict.fromkeys(r["name"] for r in part):
+            full = at.get((name, "float32"))
+            peer = full is not None and full["source"] not in ("precal", "limit")
+            ahead = f"{default['mweights_per_s'] / full['mweights_per_s']:.3g} x" if peer and default and full else ""
+            label = f"{name} ({full['source']})" if peer and full else name
+            lines.append(f"| {label} | {cell(full)} | {cell(at.get((name, 'bfloat16')))} | {ahead} |")
+        for name, gbps in QUOTED:
+            if threads != 2 or default is None:
+                continue
+            ahead = f"{default['mweights_per_s'] / (gbps * 250):.3g} x"
+            lines.append(f"| {name}, quoted, 2 threads | {gbps * 250:.4g} | - | {ahead} |")
+    if steps:
+        lines += ["", *LIMITS.splitlines()]
+    if whole:
+        lines += [
+            "",
+            "## A whole checkpoint",
+            "",
+            "Seconds for a bfloat16 Llama in the page cache; stages overlap (`bench/quantize_checkpoint.py`).",
+            "",
+            "| machine | GB | recipe | seconds | plan | read | compute | write | weights per second |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in whole:
+            stages = " | ".join(f"{r['wall'][stage]:.1f}" for stage in ("plan", "read", "compute", "write"))
+            lines.append(
+                f"| {r['date']}, {r['cpu']}, {r['isa']}, {r['threads']} threads | {r['bytes'] / 1e9:.2f} | "
+                f"{r['recipe']} | {r['seconds']:.1f} | {stages} | {r['weights'] / r['seconds'] / 1e6:.0f} M |"
+            )
+    return "\n".join(lines) + "\n"
