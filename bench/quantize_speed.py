@@ -194,11 +194,11 @@ def main() -> None:
     for _ in range(args.rounds):
         for case in cases:
             turn(case, args.flops_per_cycle)
+    # Others only ever take from the frequency that multiply-adds show: the best of all turns is the nearest to the core's.
+    clock = max(clock for case in cases for _, _, clock in case.turns)
     memory: dict[tuple[int, torch.dtype], float] = {}
     for case in cases:
         seconds = statistics.median(wall for wall, _, _ in case.turns) / case.weights
-        # The frequency as others leave it is never above the core's own: the best of all turns is the nearest to it.
-        clock = max(clock for _, _, clock in case.turns)
         cycles = statistics.median(cpu for _, cpu, _ in case.turns) * clock * 1e9 / case.weights
         key = (case.threads, case.dtype)
         memory.setdefault(key, seconds)  # memcpy comes first
