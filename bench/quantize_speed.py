@@ -194,7 +194,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for case in cases:
             turn(case, args.flops_per_cycle)
-    # Others only ever take from the frequency that multiply-adds show: the best of all turns is the nearest to the core's.
+    # Others only ever take from the frequency that multiply-adds show: the best of all turns is nearest to the core's.
     clock = max(clock for case in cases for _, _, clock in case.turns)
     memory: dict[tuple[int, torch.dtype], float] = {}
     for case in cases:
