@@ -25,8 +25,8 @@ counted a fifth. Next would be byte offsets instead of indices, which saves the 
 thread is bound by its own instructions as much as by memory: a branch per candidate waits for the load it depends on
 (0.9 cycles), collecting from the cache without one 0.8. **Recipe paper** is three passes (threshold, mask, codes) and
 a fourth that packs; rows in parts that stay in the cache gained a tenth and lost the place of a bad weight in the
-error. **kl_nats** is unpacking, levels and masks by torch ops around one histogram by code; a kernel that does all of
-it in one pass would be next."""
+error. Next would be one kernel that compares with lam, rounds and packs. **kl_nats** is unpacking, levels and masks by
+torch ops around one histogram by code; a kernel that does all of it in one pass would be next."""
 
 
 def cell(row: Row | None) -> str:

@@ -13,7 +13,7 @@ def shrink_lam(w: Tensor, alpha: float, factor: float = 0.5, max_steps: int = 40
 
     Each step applies ``soft_threshold`` and counts what is left. Once enough survive, lam is bisected between the last
     two steps down to neighbouring floats, so that no more survive than must: the mask is then exactly that of
-    ``salience_threshold`` (which needs two counting passes instead of a hundred).
+    ``salience_threshold`` (which needs one pass instead of a hundred).
 
     Args:
         w: [N, K] float32, float16 or bfloat16, finite.
