@@ -239,7 +239,8 @@ def rounding_bound(x: Tensor, w: Tensor, span: int, mode: str) -> Tensor:
     [(4, 16), (4, 48), (3, 32), (4, 32), (3, 64), (4, 64), (3, 96), (4, 128), (3, 192), (4, 1024), (8, 16), (8, 64)],
 )
 def test_rounded_activations_keep_their_bound(isa: str, bits: int, group_size: int, kind: str, mode: str) -> None:
-    more = {} if (bits, kind) == (8, "trellis") else KINDS[kind]  # 8 bits have no trellis; only uniform ones are integers
+    # 8 bits have no trellis, and only uniform ones are integers.
+    more = {} if (bits, kind) == (8, "trellis") else KINDS[kind]
     for i, K in enumerate([1, 44, 64, 172, 257, 600, 2304]):
         N, M = [17, 40, 3][i % 3], [1, 3, 4, 7, 9, 16, 33][(i + group_size) % 7]
         weight = shapes.random_weight(i, N, K, bits, group_size, i % 3, **more)
