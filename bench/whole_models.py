@@ -26,8 +26,8 @@ at the memory bandwidth measured in the same rounds."""
 HEAD = """\
 `--lm-head 8` or `4` quantizes the output head too. An untied head shrinks. A model that ties it to the embedding keeps
 the embedding dense and gets a head of its own beside it: more bytes, for reading fewer of them in a token, which pays
-where the head is a good part of what a token reads: the larger the vocabulary, the more. Below, KLD on llama-6m (tied) by the measure of docs/quality.md; the head's
-bytes are those in the file, where `dense` is the embedding's own."""
+where the head is a good part of what a token reads: the larger the vocabulary, the more. Below, KLD on llama-6m (tied)
+by the measure of docs/quality.md; the head's bytes are those in the file, where `dense` is the embedding's own."""
 
 
 def machines(data: list[Row]) -> list[tuple[str, str, int]]:
