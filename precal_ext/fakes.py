@@ -167,9 +167,8 @@ def _(
     c = 0 if outlier_index is None else int(outlier_index.shape[2])
     scale_dtype = "float16" if scale.dtype == torch.float16 else "e4m3"
     grid_size = 0 if grid is None else int(grid.numel())
-    size = _C.prepacked_bytes(
-        int(packed.shape[0]), K, bits, group_size, c, grid_size, outlier_mask is not None, scale_dtype
-    )
+    bytes_of = _C.cuda_prepacked_bytes if packed.device.type == "cuda" else _C.prepacked_bytes
+    size = bytes_of(int(packed.shape[0]), K, bits, group_size, c, grid_size, outlier_mask is not None, scale_dtype)
     return packed.new_empty([size], dtype=torch.uint8)
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda_on_cpu"
@@ -30,6 +36,37 @@ def build() -> Path:
     return BUILD
 
 
-def sanitizer_environment() -> dict[str, str]:
+def sanitizer_environment(preload: bool = False) -> dict[str, str]:
+    """``preload``: for a Python that loads a module with ASan."""
     # A block that failed is abandoned with what its threads hold.
-    return {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    if preload:
+        names = ["libasan.so", "libstdc++.so"]  # the second, or ASan does not see who throws
+        files = [subprocess.run(["g++", f"-print-file-name={n}"], capture_output=True, text=True) for n in names]
+        environment["LD_PRELOAD"] = " ".join(f.stdout.strip() for f in files)
+    return environment
+
+
+class Emulated:
+    """``_C_cuda`` on CPU tensors: the same bindings, launchers and kernels."""
+
+    def __init__(self, variant: str) -> None:
+        path = str(build())
+        if path not in sys.path:
+            sys.path.insert(0, path)
+        self.module = importlib.import_module(f"_C_cuda_{variant}")
+        self.library = ctypes.CDLL(self.module.__file__)
+        self.device()
+
+    def device(self, seed: int = 0, multiprocessors: int = 3, shared_bytes: int = 227 << 10) -> None:
+        """Order of blocks and threads, and the device that launchers see."""
+        self.library.precal_shim_set(ctypes.c_uint64(seed), multiprocessors, shared_bytes)
+
+    def call(self, name: str, arguments: Sequence[Any], like: Sequence[Tensor], workspace: int = 0) -> list[Tensor]:
+        """Outputs of the shape and dtype of ``like``, which hold 0xFF before the call."""
+        out = [torch.empty_like(t) for t in like]
+        for t in out:
+            t.view(torch.uint8).fill_(0xFF) if t.dim() else t.fill_(torch.nan)
+        scratch = torch.full([workspace], 0xFF, dtype=torch.uint8) if workspace else None
+        getattr(self.module, name)(*arguments, out=out[0] if len(out) == 1 else out, workspace=scratch)
+        return out

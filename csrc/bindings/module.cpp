@@ -10,6 +10,7 @@
 #include "core/parallel.h"
 #include "cpu/ops.h"
 #include "cpu/select.h"
+#include "format/cuda_tiles.h"
 
 #ifndef PRECAL_VERSION
 #define PRECAL_VERSION "unknown"
@@ -135,36 +136,43 @@ PYBIND11_MODULE(_C, m) {
         return format::words_per_row(K, bits);
       },
       py::arg("K"), py::arg("bits"));
-  m.def(
-      "prepacked_bytes",
-      [](int64_t N, int64_t K, int bits, int64_t group_size, int c, int grid_size, bool split,
-         const std::string& scale_dtype) {
-        // As strict as prepack itself: fakes come here with whatever they were given.
-        constexpr int64_t kLimit = int64_t(1) << 30;
-        if (N < 0 || N > kLimit || K < 0 || K > kLimit || group_size < 1 || group_size > kLimit || bits < 2 ||
-            bits > 8 || c < 0 || c > format::kMaxCapacity || !format::grid_size_fits(grid_size, bits)) {
-          throw py::value_error(
-              concat("prepacked_bytes: N and K must lie in [0, 2^30], group_size in [1, 2^30], bits in ",
-                     "[2, 8], c in [0, 16], grid_size 0, 2^bits or 2^(bits+1), got ", N, ", ", K, ", ", group_size,
-                     ", ", bits, ", ", c, ", ", grid_size));
-        }
-        if (scale_dtype != "e4m3" && scale_dtype != "float16") {
-          throw py::value_error(
-              concat("prepacked_bytes: scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype)));
-        }
-        format::WeightFormat f;
-        f.N = N;
-        f.K = K;
-        f.bits = bits;
-        f.group_size = group_size;
-        f.c = c;
-        f.grid_size = grid_size;
-        f.split = split;
-        f.scale_type = scale_dtype == "float16" ? format::ScaleType::kFloat16 : format::ScaleType::kE4m3;
-        return format::tile_layout(f).total_bytes;
-      },
-      py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"), py::arg("grid_size"),
-      py::arg("split"), py::arg("scale_dtype"));
+  // As strict as prepack itself: fakes come here with whatever they were given.
+  const auto define_prepacked_bytes = [&m](const char* name, int64_t (*bytes)(const format::WeightFormat&),
+                                           const char* doc) {
+    m.def(
+        name,
+        [name, bytes](int64_t N, int64_t K, int bits, int64_t group_size, int c, int grid_size, bool split,
+                      const std::string& scale_dtype) {
+          constexpr int64_t kLimit = int64_t(1) << 30;
+          if (N < 0 || N > kLimit || K < 0 || K > kLimit || group_size < 1 || group_size > kLimit || bits < 2 ||
+              bits > 8 || c < 0 || c > format::kMaxCapacity || !format::grid_size_fits(grid_size, bits)) {
+            throw py::value_error(concat(name, ": N and K must lie in [0, 2^30], group_size in [1, 2^30], bits in ",
+                                         "[2, 8], c in [0, 16], grid_size 0, 2^bits or 2^(bits+1), got ", N, ", ", K,
+                                         ", ", group_size, ", ", bits, ", ", c, ", ", grid_size));
+          }
+          if (scale_dtype != "e4m3" && scale_dtype != "float16") {
+            throw py::value_error(concat(name, ": scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype)));
+          }
+          format::WeightFormat f;
+          f.N = N;
+          f.K = K;
+          f.bits = bits;
+          f.group_size = group_size;
+          f.c = c;
+          f.grid_size = grid_size;
+          f.split = split;
+          f.scale_type = scale_dtype == "float16" ? format::ScaleType::kFloat16 : format::ScaleType::kE4m3;
+          return bytes(f);
+        },
+        doc, py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"), py::arg("grid_size"),
+        py::arg("split"), py::arg("scale_dtype"));
+  };
+  define_prepacked_bytes(
+      "prepacked_bytes", [](const format::WeightFormat& f) { return format::tile_layout(f).total_bytes; },
+      "Bytes of what prepack makes on the CPU.");
+  define_prepacked_bytes(
+      "cuda_prepacked_bytes", [](const format::WeightFormat& f) { return format::cuda_layout(f).total_bytes; },
+      "Bytes of what prepack makes on a CUDA device.");
   m.attr("FORMAT_VERSION") = format::kFormatVersion;
   m.attr("OUTLIER_UNIT") = format::kOutlierUnit;
   m.attr("OUTLIER_BLOCK") = format::kBlock;

@@ -1,34 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
-// precal_ext._C_cuda: every CUDA launcher on DLPack tensors plus a stream, with no torch involved. Outputs are given by
-// the caller; nothing is allocated or synchronised here. Importing it touches no device.
-#include <cmath>
+// precal_ext._C_cuda: every CUDA op on DLPack tensors plus a stream, with no torch involved. Outputs and scratch are
+// given by the caller; nothing is allocated or synchronised here. Importing it touches no device.
+#include <array>
 
+#include "bindings/cuda_ops.h"
 #include "bindings/python_array.h"
-#include "cuda/kernels.h"
 
 namespace precal::bindings {
 namespace {
 
-Borrowed borrow_cuda(const char* op, const char* name, const py::object& object) {
-  Borrowed b = borrow(op, name, object);
-  if (!b.view.present || b.device_type != kDLCUDA) {
-    throw py::value_error(concat(op, ": ", name, " must be on a CUDA device, got DLPack device type ", b.device_type));
-  }
-  check(check_contiguous(op, name, b.view));
-  return b;
-}
+#if defined(PRECAL_CUDA_ON_CPU)
+constexpr int kDevice = kDLCPU;  // tests/cuda_on_cpu
+#else
+constexpr int kDevice = kDLCUDA;
+#endif
 
-void soft_threshold(const py::object& w, double lam, const py::object& out, uintptr_t stream) {
-  constexpr const char* op = "soft_threshold";
-  const Borrowed a = borrow_cuda(op, "w", w), b = borrow_cuda(op, "out", out);
-  check(check_dtype(op, "out", b.view, {a.view.dtype}));
-  check(check_shape(op, "out", b.view, a.view, "(the shape of w)"));
-  if (!(lam >= 0.0) || std::isinf(lam)) {
-    throw py::value_error(concat(op, ": lam must be finite and >= 0, got ", lam));
+// One call of one op. All tensors must lie on one device.
+struct Call {
+  const char* op;
+  uintptr_t stream;
+  mutable int device_id = -1;
+
+  Borrowed optional(const char* name, const py::object& object) const {
+    Borrowed b = borrow(op, name, object);
+    if (!b.view.present) return b;
+    if (b.device_type != kDevice) {
+      throw py::value_error(
+          concat(op, ": ", name, " must be on a CUDA device, got DLPack device type ", b.device_type));
+    }
+    if (device_id >= 0 && device_id != b.device_id) {
+      throw py::value_error(
+          concat(op, ": ", name, " must be on CUDA device ", device_id, " as the others, got ", b.device_id));
+    }
+    device_id = b.device_id;
+    check(check_contiguous(op, name, b.view));
+    return b;
   }
-  check(cuda::check_cuda(op, cudaSetDevice(a.device_id)));
-  check(cuda::launch_soft_threshold({a.view.data, b.view.data, a.view.dtype, a.view.numel(), lam},
-                                    reinterpret_cast<cudaStream_t>(stream)));
+
+  Borrowed tensor(const char* name, const py::object& object) const {
+    if (object.is_none()) throw py::type_error(concat(op, ": ", name, " must be a DLPack tensor, got None"));
+    return optional(name, object);
+  }
+
+  // `out` is a tensor, or a sequence of kOutputs tensors; `workspace` anything of at least as many bytes as needed.
+  template <typename Op>
+  void run(const Op& arguments, const py::object& out, const py::object& workspace) const {
+    std::array<TensorSpec, Op::kOutputs> specs;
+    check(arguments.plan(specs.data()));
+    const bool several = py::isinstance<py::tuple>(out) || py::isinstance<py::list>(out);
+    const py::object outs = several ? out : py::object(py::make_tuple(out));
+    if (py::len(outs) != size_t(Op::kOutputs)) {
+      throw py::value_error(concat(op, ": out must be ", Op::kOutputs, " tensors, got ", py::len(outs)));
+    }
+    std::array<Borrowed, Op::kOutputs> borrowed;
+    std::array<TensorView, Op::kOutputs> views;
+    for (size_t i = 0; i < specs.size(); ++i) {
+      const std::string name = specs.size() == 1 ? "out" : concat("out[", i, "]");
+      borrowed[i] = tensor(name.c_str(), outs[py::int_(i)]);
+      views[i] = borrowed[i].view;
+      check(check_tensor(op, name.c_str(), views[i], specs[i], "(what the op returns)"));
+    }
+    const int64_t wanted = arguments.workspace_bytes();
+    const Borrowed scratch = optional("workspace", workspace);
+    const int64_t given = scratch.view.present ? scratch.view.numel() * dtype_bytes(scratch.view.dtype) : 0;
+    if (given < wanted || (wanted > 0 && reinterpret_cast<uintptr_t>(scratch.view.data) % 16 != 0)) {
+      throw py::value_error(concat(op, ": workspace must have ", wanted, " bytes, aligned to 16, got ", given));
+    }
+    check(cuda::check_cuda(op, cudaSetDevice(device_id < 0 ? 0 : device_id)));
+    check(arguments.launch(views.data(), scratch.view.data, reinterpret_cast<cudaStream_t>(stream)));
+  }
+};
+
+// The borrowed tensors of a weight; `list` keeps them alive.
+cpu::WeightTensors weight_tensors(const Call& call, std::array<Borrowed, 8>* list, const py::object& packed,
+                                  const py::object& scale, const py::object& row_scale, const py::object& grid,
+                                  const py::object& outlier_index, const py::object& outlier_value,
+                                  const py::object& outlier_scale, const py::object& outlier_mask, int64_t K,
+                                  int64_t bits, int64_t group_size) {
+  auto& b = *list;
+  b = {call.tensor("packed", packed),
+       call.tensor("scale", scale),
+       call.tensor("row_scale", row_scale),
+       call.optional("grid", grid),
+       call.optional("outlier_index", outlier_index),
+       call.optional("outlier_value", outlier_value),
+       call.optional("outlier_scale", outlier_scale),
+       call.optional("outlier_mask", outlier_mask)};
+  return {b[0].view, b[1].view, b[2].view, b[3].view, b[4].view, b[5].view, b[6].view, b[7].view, K, bits, group_size};
 }
 
 py::dict device_info() {
@@ -45,10 +103,76 @@ py::dict device_info() {
 }  // namespace
 }  // namespace precal::bindings
 
-PYBIND11_MODULE(_C_cuda, m) {
+#if !defined(PRECAL_CUDA_MODULE)
+#define PRECAL_CUDA_MODULE _C_cuda
+#endif
+
+// The arguments that every op ends with.
+#define PRECAL_ENDING py::arg("out"), py::arg("workspace") = py::none(), py::arg("stream") = 0
+
+PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
   namespace py = pybind11;
-  m.doc() = "precal's CUDA launchers on DLPack tensors. `stream` is a cudaStream_t as an integer, 0 for the default.";
-  m.def("soft_threshold", &precal::bindings::soft_threshold, py::arg("w"), py::arg("lam"), py::arg("out"),
-        py::arg("stream") = 0);
-  m.def("device_info", &precal::bindings::device_info, "Runtime and driver version, number of devices seen.");
+  using namespace precal;
+  using namespace precal::bindings;
+  using py::object;
+  m.doc() =
+      "precal's CUDA ops on DLPack tensors. Names and arguments are those of torch.ops.precal; then come `out`, the\n"
+      "tensor or tensors to write; `workspace`, scratch of the size that the error names, where an op needs any; and\n"
+      "`stream`, a cudaStream_t as an integer, 0 for the default.";
+  m.def("device_info", &device_info, "Runtime and driver version, number of devices seen.");
+
+  m.def(
+      "soft_threshold",
+      [](const object& w, double lam, const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"soft_threshold", stream};
+        const Borrowed a = call.tensor("w", w);
+        call.run(gpu::SoftThreshold{{a.view, lam}, {}}, out, workspace);
+      },
+      py::arg("w"), py::arg("lam"), PRECAL_ENDING);
+  m.def(
+      "pack",
+      [](const object& codes, int64_t bits, const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"pack", stream};
+        const Borrowed a = call.tensor("codes", codes);
+        call.run(gpu::Pack{{a.view, bits}, {}}, out, workspace);
+      },
+      py::arg("codes"), py::arg("bits"), PRECAL_ENDING);
+  m.def(
+      "unpack",
+      [](const object& packed, int64_t bits, int64_t K, const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"unpack", stream};
+        const Borrowed a = call.tensor("packed", packed);
+        call.run(gpu::Unpack{{a.view, bits, K}, {}}, out, workspace);
+      },
+      py::arg("packed"), py::arg("bits"), py::arg("K"), PRECAL_ENDING);
+
+  const auto define_weight_op = [&m](const char* name, auto make) {
+    m.def(
+        name,
+        [name, make](const object& packed, const object& scale, const object& row_scale, const object& grid,
+                     const object& index, const object& value, const object& other, const object& mask, int64_t K,
+                     int64_t bits, int64_t group_size, const object& out, const object& workspace, uintptr_t stream) {
+          const Call call{name, stream};
+          std::array<Borrowed, 8> list;
+          call.run(make(weight_tensors(call, &list, packed, scale, row_scale, grid, index, value, other, mask, K, bits,
+                                       group_size)),
+                   out, workspace);
+        },
+        py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
+        py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),
+        py::arg("group_size"), PRECAL_ENDING);
+  };
+  define_weight_op("dequantize", [](const cpu::WeightTensors& w) { return gpu::Dequantize{{w}, {}}; });
+  define_weight_op("prepack", [](const cpu::WeightTensors& w) { return gpu::Prepack{w}; });
+
+  m.def(
+      "unprepack",
+      [](const object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, int64_t grid_size,
+         bool split, const std::string& scale_dtype, const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"unprepack", stream};
+        const Borrowed a = call.tensor("prepacked", prepacked);
+        call.run(gpu::Unprepack{{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}}, out, workspace);
+      },
+      py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
+      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), PRECAL_ENDING);
 }

@@ -1,26 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA launchers: pointers, sizes and a stream; no torch, no allocation, no synchronisation. Each returns a Status that
-// names the CUDA error; errors of the running kernel appear at the stream's next synchronisation, as always.
+// CUDA launchers: pointers, sizes and a stream; no torch, no allocation, no synchronisation. Arguments were checked by
+// the caller (csrc/bindings/cuda_ops.h). Each returns a Status that names the CUDA error; errors of the running kernel
+// appear at the stream's next synchronisation, as always.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "core/tensor_view.h"
+#include "format/cuda_tiles.h"
 
 namespace precal::cuda {
 
-// `soft_threshold` as csrc/cpu/ops.h defines it, checked by the caller. w and out: `count` elements of `dtype`.
+// OK, or what the launch or runtime said. An old driver is named with the version it must have.
+Status check_cuda(const char* op, cudaError_t error);
+
 struct SoftThresholdParams {
-  const void* w;
-  void* out;
-  DType dtype;  // float32, float16 or bfloat16
+  const void* w;  // [count] dtype
+  void* out;      // [count] dtype
+  DType dtype;    // float32, float16 or bfloat16
   int64_t count;
   double lam;
 };
-
 Status launch_soft_threshold(const SoftThresholdParams& params, cudaStream_t stream);
 
-// OK, or what the launch or runtime said. An old driver is named with the version it must have.
-Status check_cuda(const char* op, cudaError_t error);
+// The canonical tensors of a weight (docs/format.md); what it lacks is nullptr.
+struct WeightPointers {
+  uint32_t* packed;        // [N, words]
+  void* scale;             // [N, G] e4m3 or float16
+  uint16_t* row_scale;     // [N] bfloat16
+  int8_t* grid;            // [grid_size]
+  uint8_t* outlier_index;  // [N, blocks, c]
+  uint8_t* outlier_value;  // [N, blocks, c]
+  void* outlier_scale;     // [N, G]
+  uint8_t* mask;           // [N, ceil(K/8)]
+};
+
+struct PackParams {
+  uint8_t* codes;    // [N, K]; pack takes the lowest `bits` of each
+  uint32_t* packed;  // [N, words]
+  int64_t N, K;
+  int bits;
+};
+Status launch_pack(const PackParams& params, cudaStream_t stream);
+Status launch_unpack(const PackParams& params, cudaStream_t stream);
+
+struct DequantizeParams {
+  format::WeightFormat format;
+  WeightPointers weight;
+  float* out;  // [N, K]
+};
+Status launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
+
+struct PrepackParams {
+  format::WeightFormat format;
+  format::CudaLayout layout;
+  WeightPointers weight;  // read by prepack, written by unprepack
+  uint8_t* prepacked;     // [layout.total_bytes]
+};
+Status launch_prepack(const PrepackParams& params, cudaStream_t stream);
+Status launch_unprepack(const PrepackParams& params, cudaStream_t stream);
 
 }  // namespace precal::cuda

@@ -20,6 +20,13 @@ inline Status device_limits(const char* op, DeviceLimits* limits) {
   return check_cuda(op, cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
+// Blocks of a grid-stride loop over `work` items: enough to fill any GPU.
+inline dim3 blocks_for(int64_t work, int threads) {
+  constexpr int64_t kMostBlocks = 1 << 14;
+  const int64_t wanted = ceil_div(work, threads);
+  return dim3(unsigned(wanted < 1 ? 1 : wanted < kMostBlocks ? wanted : kMostBlocks));
+}
+
 #if defined(PRECAL_CUDA_ON_CPU)
 
 #define PRECAL_SHARED(type, name)   \
@@ -57,7 +64,9 @@ Status launch(const char* op, void (*kernel)(Params), dim3 grid, int threads, in
     PRECAL_RETURN_IF_ERROR(
         check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes))));
   }
-  kernel<<<grid, dim3(unsigned(threads)), size_t(shared_bytes), stream> > >(params);
+  // clang-format off
+  kernel<<<grid, unsigned(threads), size_t(shared_bytes), stream>>>(params);
+  // clang-format on
   return check_cuda(op, cudaGetLastError());
 }
 

@@ -6,43 +6,25 @@
 // Work    a grid-stride loop, one element per thread and step; elementwise, so memory-bound: 8 bytes per float32.
 // Limits  any count. Not tuned: vector loads come with the other CUDA kernels.
 #include "core/numeric.h"
-#include "cuda/kernels.h"
+#include "cuda/elements.cuh"
+#include "cuda/launch.h"
 
 namespace precal::cuda {
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;
-
-template <DType kType>
-__device__ float load(const void* w, int64_t i) {
-  if constexpr (kType == DType::kBFloat16) return bf16_to_float(static_cast<const uint16_t*>(w)[i]);
-  if constexpr (kType == DType::kFloat16) return half_to_float(static_cast<const uint16_t*>(w)[i]);
-  return static_cast<const float*>(w)[i];
-}
-
-template <DType kType>
-__device__ void store(void* out, int64_t i, float value) {
-  if constexpr (kType == DType::kBFloat16) {
-    static_cast<uint16_t*>(out)[i] = float_to_bf16_nonzero(value);
-  } else if constexpr (kType == DType::kFloat16) {
-    static_cast<uint16_t*>(out)[i] = float_to_half_nonzero(value);
-  } else {
-    static_cast<float*>(out)[i] = value;
-  }
-}
 
 template <DType kType>
 __global__ void __launch_bounds__(kThreads) soft_threshold_kernel(SoftThresholdParams p) {
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.count; i += stride) {
-    const float w = load<kType>(p.w, i);
+    const float w = load_element<kType>(p.w, i);
     const double square = double(w) * double(w);
     float out = 0.0f;
     if (!(square <= p.lam)) out = double_to_float_nonzero((square - p.lam) / double(w));  // NaN stays NaN
     if ((float_bits(w) & 0x7FFFFFFFu) == 0x7F800000u) out = w;
-    store<kType>(p.out, i, out);
+    store_nonzero<kType>(p.out, i, out);
   }
 }
 
@@ -63,16 +45,15 @@ Status check_cuda(const char* op, cudaError_t error) {
 
 Status launch_soft_threshold(const SoftThresholdParams& p, cudaStream_t stream) {
   if (p.count == 0) return {};
-  const int64_t wanted = ceil_div(p.count, kThreads);
-  const dim3 grid(unsigned(wanted < kMaxBlocks ? wanted : kMaxBlocks));
+  const dim3 grid = blocks_for(p.count, kThreads);
+  constexpr const char* op = "soft_threshold";
   switch (p.dtype) {
-    case DType::kFloat32: soft_threshold_kernel<DType::kFloat32><<<grid, kThreads, 0, stream>>>(p); break;
-    case DType::kFloat16: soft_threshold_kernel<DType::kFloat16><<<grid, kThreads, 0, stream>>>(p); break;
-    case DType::kBFloat16: soft_threshold_kernel<DType::kBFloat16><<<grid, kThreads, 0, stream>>>(p); break;
+    case DType::kFloat32: return launch(op, &soft_threshold_kernel<DType::kFloat32>, grid, kThreads, 0, stream, p);
+    case DType::kFloat16: return launch(op, &soft_threshold_kernel<DType::kFloat16>, grid, kThreads, 0, stream, p);
+    case DType::kBFloat16: return launch(op, &soft_threshold_kernel<DType::kBFloat16>, grid, kThreads, 0, stream, p);
     default:
       return invalid_type("soft_threshold: w must have dtype float32, float16 or bfloat16, got ", dtype_name(p.dtype));
   }
-  return check_cuda("soft_threshold", cudaGetLastError());
 }
 
 }  // namespace precal::cuda

@@ -347,3 +347,10 @@ std::string thread_name(int number) {
 }  // namespace races
 
 }  // namespace cuda_on_cpu
+
+// For Python, through ctypes.
+extern "C" __attribute__((visibility("default"))) void precal_shim_set(uint64_t seed, int multiprocessors,
+                                                                       int shared_bytes) {
+  cuda_on_cpu::set_seed(seed);
+  cuda_on_cpu::device() = {multiprocessors, shared_bytes};
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/cuda_ops.h"
+
+namespace precal::bindings::gpu {
+
+namespace {
+
+using format::ScaleType;
+using format::WeightFormat;
+
+cuda::WeightPointers pointers(const cpu::WeightTensors& w) {
+  return {w.packed.as<uint32_t>(),       w.scale.data,
+          w.row_scale.as<uint16_t>(),    w.grid.as<int8_t>(),
+          w.outlier_index.as<uint8_t>(), w.outlier_value.as<uint8_t>(),
+          w.outlier_scale.data,          w.mask.as<uint8_t>()};
+}
+
+}  // namespace
+
+Status SoftThreshold::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  return cuda::launch_soft_threshold({w.data, out[0].data, w.dtype, w.numel(), lam}, stream);
+}
+
+Status Pack::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  return cuda::launch_pack({codes.as<uint8_t>(), out[0].as<uint32_t>(), codes.shape[0], codes.shape[1], int(bits)},
+                           stream);
+}
+
+Status Unpack::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  return cuda::launch_unpack({out[0].as<uint8_t>(), packed.as<uint32_t>(), packed.shape[0], K, int(bits)}, stream);
+}
+
+Status Dequantize::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  cuda::DequantizeParams p{};
+  PRECAL_RETURN_IF_ERROR(weight.check("dequantize", &p.format));
+  p.weight = pointers(weight);
+  p.out = out[0].as<float>();
+  return cuda::launch_dequantize(p, stream);
+}
+
+Status Prepack::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("prepack", &f));
+  out[0] = {DType::kUInt8, {format::cuda_layout(f).total_bytes}};
+  return {};
+}
+
+Status Prepack::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  cuda::PrepackParams p{};
+  PRECAL_RETURN_IF_ERROR(weight.check("prepack", &p.format));
+  p.layout = format::cuda_layout(p.format);
+  p.weight = pointers(weight);
+  p.prepacked = out[0].as<uint8_t>();
+  return cuda::launch_prepack(p, stream);
+}
+
+Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, "prepacked", data, {DType::kUInt8}));
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "prepacked", data));
+  constexpr int64_t kLimit = int64_t(1) << 30;
+  if (N < 0 || N > kLimit || K < 0 || K > kLimit) {
+    return invalid_value(op, ": N and K must lie in [0, 2^30], got ", N, " and ", K);
+  }
+  if (bits < format::kMinBits || bits > format::kMaxBits) {
+    return invalid_value(op, ": bits must lie in [2, 8], got ", bits);
+  }
+  if (group_size < 1 || group_size > kLimit) {
+    return invalid_value(op, ": group_size must lie in [1, 2^30], got ", group_size);
+  }
+  if (c < 0 || c > format::kMaxCapacity) {
+    return invalid_value(op, ": c must lie in [0, ", format::kMaxCapacity, "], got ", c);
+  }
+  if (!format::grid_size_fits(grid_size, int(bits))) {
+    return invalid_value(
+        op, ": grid_size must be 0 (uniform), 2^bits or, for a trellis of 2 to 7 bits, 2^(bits+1), got ", grid_size);
+  }
+  if (scale_dtype != "e4m3" && scale_dtype != "float16") {
+    return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype));
+  }
+  f->N = N;
+  f->K = K;
+  f->bits = int(bits);
+  f->group_size = group_size;
+  f->c = int(c);
+  f->grid_size = int(grid_size);
+  f->split = split;
+  f->scale_type = scale_dtype == "e4m3" ? ScaleType::kE4m3 : ScaleType::kFloat16;
+  const int64_t bytes = format::cuda_layout(*f).total_bytes;
+  if (data.ndim != 1 || data.shape[0] != bytes) {
+    return invalid_value(op, ": prepacked must be [", bytes, "] bytes, from prepack() on a CUDA device, for N=", N,
+                         ", K=", K, ", bits=", bits, ", group_size=", group_size, ", c=", c, ", grid_size=", grid_size,
+                         ", got ", shape_text(data));
+  }
+  if (reinterpret_cast<uintptr_t>(data.data) % 16 != 0) {
+    return invalid_value(op, ": prepacked must be aligned to 16 bytes; call .clone() first");
+  }
+  return {};
+}
+
+Status Unprepack::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
+  const int64_t groups = format::num_groups(f), blocks = format::num_blocks(f);
+  const DType scale = f.scale_type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16;
+  out[0] = {DType::kInt32, {f.N, format::num_words(f)}};
+  out[1] = {scale, {f.N, groups}};
+  out[2] = {DType::kBFloat16, {f.N}};
+  out[3] = {DType::kInt8, {f.grid_size > 0 ? 1 : 0, f.grid_size}};
+  out[4] = {DType::kUInt8, {f.N, blocks, f.c}};
+  out[5] = {DType::kUInt8, {f.N, blocks, f.c}};
+  out[6] = {scale, {f.split ? f.N : 0, groups}};
+  out[7] = {DType::kUInt8, {f.split ? f.N : 0, format::mask_bytes_per_row(f)}};
+  return {};
+}
+
+Status Unprepack::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  cuda::PrepackParams p{};
+  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &p.format));
+  p.layout = format::cuda_layout(p.format);
+  p.weight = {out[0].as<uint32_t>(), out[1].data,          out[2].as<uint16_t>(), out[3].as<int8_t>(),
+              out[4].as<uint8_t>(),  out[5].as<uint8_t>(), out[6].data,           out[7].as<uint8_t>()};
+  p.prepacked = weight.data.as<uint8_t>();
+  return cuda::launch_unprepack(p, stream);
+}
+
+}  // namespace precal::bindings::gpu

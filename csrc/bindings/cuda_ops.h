@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op on a GPU, for both bindings: what it accepts and what comes out is the CPU op's plan() wherever the tensors
+// mean the same; launch() puts the kernels on a stream. Nothing is synchronised, so nothing that only the values of a
+// tensor could show is refused here: precal_ext/ops.py says what happens instead.
+#pragma once
+
+#include "cpu/ops.h"
+#include "cuda/kernels.h"
+
+namespace precal::bindings::gpu {
+
+// Scratch that the caller allocates, on the device, 16-byte aligned.
+struct NoWorkspace {
+  int64_t workspace_bytes() const { return 0; }
+};
+
+struct SoftThreshold : cpu::SoftThreshold, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct Pack : cpu::Pack, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct Unpack : cpu::Unpack, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct Dequantize : cpu::Dequantize, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct Prepack : NoWorkspace {
+  static constexpr int kOutputs = 1;
+  cpu::WeightTensors weight;
+  explicit Prepack(cpu::WeightTensors w) : weight(std::move(w)) {}
+  Status plan(TensorSpec* out) const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+// The integers of a weight in the GPU's order. Its header lies on the device and is not read here.
+struct PrepackedWeight {
+  TensorView data;
+  int64_t N, K, bits, group_size, c, grid_size;
+  bool split;
+  std::string scale_dtype;
+  Status check(const char* op, format::WeightFormat* f) const;
+};
+
+struct Unprepack : NoWorkspace {
+  static constexpr int kOutputs = 8;
+  PrepackedWeight weight;
+  explicit Unprepack(PrepackedWeight w) : weight(std::move(w)) {}
+  Status plan(TensorSpec* out) const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+}  // namespace precal::bindings::gpu

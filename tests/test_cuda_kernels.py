@@ -1,0 +1,134 @@
+"""Every CUDA kernel against the CPU op, on the CPU (tests/cuda_on_cpu): in this process with every access held against
+happens-before, and once more under ASan and UBSan."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import emulator
+import pytest
+import shapes
+import torch
+from torch import Tensor
+
+from precal_ext import _C
+
+VARIANT = os.environ.get("PRECAL_EMULATOR", "races")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> emulator.Emulated:
+    return emulator.Emulated(VARIANT)
+
+
+@pytest.mark.skipif("PRECAL_EMULATOR" in os.environ, reason="this is the run under sanitizers")
+def test_the_same_under_asan_and_ubsan() -> None:
+    emulator.build()
+    environment = {**emulator.sanitizer_environment(preload=True), "PRECAL_EMULATOR": "sanitize"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=emulator.ROOT)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+
+
+def as_list(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        if a.dim() and a.dtype != torch.bool:
+            a, b = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+        assert torch.equal(a, b), f"output {i} differs at {(a != b).nonzero()[:3].tolist()}"
+
+
+def check(gpu: emulator.Emulated, name: str, *arguments: Any, seeds: Sequence[int] = (0, 1, 2)) -> list[Tensor]:
+    """The bits of the CPU op, in every order."""
+    want = as_list(getattr(torch.ops.precal, name)(*arguments))
+    for seed in seeds:
+        gpu.device(seed)
+        same_bits(gpu.call(name, arguments, want), want)
+    return want
+
+
+# ---- elementwise and packing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_threshold(gpu: emulator.Emulated, dtype: torch.dtype) -> None:
+    w = shapes.student_t(3, 300).to(dtype)
+    w[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    check(gpu, "soft_threshold", w, 0.0004)
+    check(gpu, "soft_threshold", w[:0], 0.0004)
+
+
+@pytest.mark.parametrize("bits", shapes.ALL_BITS)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (3, 31), (2, 32), (5, 65), (2, 300), (0, 5), (3, 0)])
+def test_pack_and_unpack(gpu: emulator.Emulated, bits: int, N: int, K: int) -> None:
+    codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8, generator=shapes.generator(bits))
+    (packed,) = check(gpu, "pack", codes, bits)
+    check(gpu, "unpack", packed, bits, K)
+
+
+def test_pack_takes_the_low_bits(gpu: emulator.Emulated) -> None:
+    codes = torch.randint(0, 256, (2, 40), dtype=torch.uint8, generator=shapes.generator(0))
+    want = torch.ops.precal.pack(codes & 7, 3)
+    same_bits(gpu.call("pack", (codes, 3), [want]), [want])
+
+
+# ---- a weight and its order on the GPU -------------------------------------------------------------------------------
+
+# N, K, bits, group_size, c, and the rest of random_weight: row tiles, panels of 256 columns, runs of 16 and of 8,
+# segments that end in a block of 96 columns, everything that is not tiled.
+WEIGHTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((17, 300, 4, 64, 2), {"trellis": True}),
+    ((17, 300, 3, 64, 1), {"trellis": True}),
+    ((33, 513, 4, 32, 1), {"trellis": True}),
+    ((16, 255, 3, 32, 0), {"trellis": True}),
+    ((1, 1, 4, 64, 1), {}),
+    ((8, 256, 4, 128, 4), {}),
+    ((9, 64, 3, 96, 0), {"uniform": True, "scale_dtype": "float16"}),
+    ((2, 2304, 4, 64, 1), {"trellis": True}),
+    ((1, 11008, 4, 128, 1), {"trellis": True}),
+    ((1, 11008, 3, 32, 1), {"trellis": True}),
+    ((5, 300, 4, 16, 2), {"trellis": True}),
+    ((5, 300, 3, 13, 1), {}),
+    ((4, 130, 2, 32, 1), {"trellis": True}),
+    ((4, 130, 5, 64, 16), {"trellis": True}),
+    ((4, 65, 8, 32, 1), {}),
+    ((3, 300, 4, 64, 0), {"split": True, "uniform": True, "scale_dtype": "float16"}),
+    ((0, 64, 4, 32, 1), {}),
+    ((3, 0, 4, 32, 1), {}),
+]
+
+
+@pytest.mark.parametrize(("numbers", "options"), WEIGHTS, ids=str)
+def test_dequantize(gpu: emulator.Emulated, numbers: tuple[int, ...], options: dict[str, Any]) -> None:
+    check(gpu, "dequantize", *shapes.random_weight(1, *numbers, **options), seeds=[0, 2])
+
+
+def test_dequantize_ignores_outliers_outside_of_their_block(gpu: emulator.Emulated) -> None:
+    weight = shapes.random_weight(1, 3, 300, 4, 32, 2)
+    weight.outlier_index.fill_(200)
+    check(gpu, "dequantize", *weight)
+
+
+def prepack(gpu: emulator.Emulated, weight: shapes.Weight) -> Tensor:
+    size = _C.cuda_prepacked_bytes(*weight.numbers)
+    return gpu.call("prepack", weight, [torch.empty(size, dtype=torch.uint8)])[0]
+
+
+@pytest.mark.parametrize(("numbers", "options"), WEIGHTS, ids=str)
+def test_prepack_and_back(gpu: emulator.Emulated, numbers: tuple[int, ...], options: dict[str, Any]) -> None:
+    weight = shapes.random_weight(2, *numbers, **options)
+    prepacked = prepack(gpu, weight)
+    for seed in (1, 2):
+        gpu.device(seed)
+        assert torch.equal(prepack(gpu, weight), prepacked)  # every byte is written, padding too
+    want = as_list(torch.ops.precal.unprepack(torch.ops.precal.prepack(*weight), *weight.numbers))
+    same_bits(gpu.call("unprepack", (prepacked, *weight.numbers), want), want)
