@@ -4,6 +4,7 @@ happens-before, and once more under ASan and UBSan."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -132,3 +133,74 @@ def test_prepack_and_back(gpu: emulator.Emulated, numbers: tuple[int, ...], opti
         assert torch.equal(prepack(gpu, weight), prepacked)  # every byte is written, padding too
     want = as_list(torch.ops.precal.unprepack(torch.ops.precal.prepack(*weight), *weight.numbers))
     same_bits(gpu.call("unprepack", (prepacked, *weight.numbers), want), want)
+
+
+# ---- linear ----------------------------------------------------------------------------------------------------------
+
+# |y - y64| / |x W'^T + bias| of the norms. float32: sums of three exact products. float16, bfloat16: half a step of y.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+
+def linear(gpu: emulator.Emulated, x: Tensor, weight: shapes.Weight, bias: Tensor | None, prepacked: Tensor) -> Tensor:
+    arguments = (x, prepacked, bias, *weight.numbers)
+    y = x.new_empty([*x.shape[:-1], len(weight.packed)])
+    try:
+        return gpu.call("linear", arguments, [y])[0]
+    except ValueError as error:  # names the scratch that it needs
+        bytes_needed = int(re.search(r"workspace must have (\d+) bytes", str(error))[1])
+        return gpu.call("linear", arguments, [y], bytes_needed)[0]
+
+
+def check_linear(
+    gpu: emulator.Emulated, M: int, dtype: torch.dtype, weight: shapes.Weight, sms: int = 3, seeds: Sequence[int] = (2,)
+) -> Tensor:
+    N, K = len(weight.packed), weight.K
+    x = torch.randn(M, K, generator=shapes.generator(M)).to(dtype)
+    bias = torch.randn(N, generator=shapes.generator(N)).to(DTYPES[(M + N) % 3]) if (M + N) % 4 else None
+    gpu.device(0)
+    prepacked = prepack(gpu, weight)
+    results = []
+    for seed in seeds:
+        gpu.device(seed, sms)
+        results.append(linear(gpu, x, weight, bias, prepacked))
+    y = results[0]
+    assert all(torch.equal(y, other) for other in results[1:])  # whoever arrives last
+    want = x.double() @ torch.ops.precal.dequantize(*weight).double().T
+    if bias is not None:
+        want += bias.double()
+    error = (y.double() - want).norm() / want.norm() if want.norm() > 0 else y.double().norm()
+    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
+    return y
+
+
+@pytest.mark.parametrize(("numbers", "options"), WEIGHTS, ids=str)
+def test_linear_of_every_weight(gpu: emulator.Emulated, numbers: tuple[int, ...], options: dict[str, Any]) -> None:
+    weight = shapes.random_weight(3, *numbers, **options)
+    for M, dtype in ((0, torch.float16), (1, torch.bfloat16), (5, torch.float16), (2, torch.float32)):
+        check_linear(gpu, M, dtype, weight)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 7, 8, 9, 16])
+def test_linear_of_few_tokens(gpu: emulator.Emulated, M: int, dtype: torch.dtype, bits: int) -> None:
+    check_linear(gpu, M, dtype, shapes.random_weight(M, 35, 600, bits, 64 if M % 2 else 32, 1, trellis=True))
+
+
+def test_slices_of_linear_arrive_in_any_order(gpu: emulator.Emulated) -> None:
+    weight = shapes.random_weight(0, 40, 2304, 4, 64, 1, trellis=True)
+    for dtype in DTYPES:
+        for sms in (1, 5, 64):
+            check_linear(gpu, 3, dtype, weight, sms, seeds=[0, 1, 2, 3])
+
+
+def test_a_row_of_y_depends_on_its_row_of_x_alone(gpu: emulator.Emulated) -> None:
+    weight = shapes.random_weight(0, 20, 700, 4, 64, 2, trellis=True)
+    gpu.device(0)
+    prepacked = prepack(gpu, weight)
+    x = torch.randn(12, 700, generator=shapes.generator(1)).bfloat16()
+    x[5] = torch.nan
+    y = linear(gpu, x, weight, None, prepacked)
+    assert y[5].isnan().all() and y.isnan().sum() == 20
+    for m in (0, 6, 11):
+        assert torch.equal(linear(gpu, x[m : m + 1], weight, None, prepacked)[0], y[m])

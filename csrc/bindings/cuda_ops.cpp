@@ -123,4 +123,63 @@ Status Unprepack::launch(const TensorView* out, void*, cudaStream_t stream) cons
   return cuda::launch_unprepack(p, stream);
 }
 
+namespace {
+
+Status check_float(const char* op, const char* name, const TensorView& t) {
+  PRECAL_RETURN_IF_ERROR(check_dtype(op, name, t, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
+  return check_contiguous(op, name, t);
+}
+
+int64_t tokens_of(const TensorView& x) {
+  int64_t M = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) M *= x.shape[i];
+  return M;
+}
+
+}  // namespace
+
+Status Linear::plan(TensorSpec* out) const {
+  constexpr const char* op = "linear";
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(check_float(op, "x", x));
+  PRECAL_RETURN_IF_ERROR(weight.check(op, &f));
+  if (x.ndim < 1 || x.shape[x.ndim - 1] != f.K) {
+    return invalid_value(op, ": x must be [..., K] with K = ", f.K, ", got ", shape_text(x));
+  }
+  if (activations != "f32" && activations != "a16" && activations != "a8") {
+    return invalid_value(op, ": activations must be f32, a16 or a8, got ", activations);
+  }
+  if (bias.present) {
+    PRECAL_RETURN_IF_ERROR(check_float(op, "bias", bias));
+    PRECAL_RETURN_IF_ERROR(check_shape(op, "bias", bias, {bias.dtype, {f.N}}, "(N)"));
+  }
+  out[0] = x;
+  out[0].shape[x.ndim - 1] = f.N;
+  return {};
+}
+
+int64_t Linear::workspace_bytes() const {
+  WeightFormat f;
+  int64_t bytes = 0;
+  // An error of the device is found, and named, by the launch.
+  if (weight.check("linear", &f).ok()) (void)cuda::linear_workspace(f, tokens_of(x), x.dtype, &bytes).ok();
+  return bytes;
+}
+
+Status Linear::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  cuda::LinearParams p{};
+  PRECAL_RETURN_IF_ERROR(weight.check("linear", &p.format));
+  p.layout = format::cuda_layout(p.format);
+  p.prepacked = weight.data.as<uint8_t>();
+  p.x = x.data;
+  p.bias = bias.data;
+  p.y = out[0].data;
+  p.x_dtype = x.dtype;
+  p.bias_dtype = bias.dtype;
+  p.M = tokens_of(x);
+  p.groups = format::num_groups(p.format);
+  p.workspace = workspace;
+  return cuda::launch_linear(p, stream);
+}
+
 }  // namespace precal::bindings::gpu

@@ -55,4 +55,15 @@ struct Unprepack : NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };
 
+struct Linear {
+  static constexpr int kOutputs = 1;
+  TensorView x;
+  PrepackedWeight weight;
+  TensorView bias;          // optional
+  std::string activations;  // f32, a16, a8: how a CPU may round x; a GPU takes it as it is
+  Status plan(TensorSpec* out) const;
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
 }  // namespace precal::bindings::gpu

@@ -175,4 +175,21 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
       },
       py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
       py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), PRECAL_ENDING);
+
+  m.def(
+      "linear",
+      [](const object& x, const object& prepacked, const object& bias, int64_t N, int64_t K, int64_t bits,
+         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype,
+         const std::string& activations, const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"linear", stream};
+        const Borrowed a = call.tensor("x", x), b = call.tensor("prepacked", prepacked),
+                       v = call.optional("bias", bias);
+        call.run(
+            gpu::Linear{
+                a.view, {b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}, v.view, activations},
+            out, workspace);
+      },
+      py::arg("x"), py::arg("prepacked"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("bits"),
+      py::arg("group_size"), py::arg("c"), py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"),
+      py::arg("activations") = "a16", PRECAL_ENDING);
 }

@@ -60,4 +60,19 @@ struct PrepackParams {
 Status launch_prepack(const PrepackParams& params, cudaStream_t stream);
 Status launch_unprepack(const PrepackParams& params, cudaStream_t stream);
 
+// y = x W'^T + bias. Workspace: linear_workspace() bytes, 16-byte aligned.
+struct LinearParams {
+  format::WeightFormat format;
+  format::CudaLayout layout;
+  const uint8_t* prepacked;
+  const void* x;     // [M, K] float32, float16 or bfloat16
+  const void* bias;  // [N] or nullptr
+  void* y;           // [M, N] in x's dtype
+  DType x_dtype, bias_dtype;
+  int64_t M, groups;  // groups of a row
+  void* workspace;
+};
+Status linear_workspace(const format::WeightFormat& format, int64_t M, DType x_dtype, int64_t* bytes);
+Status launch_linear(const LinearParams& params, cudaStream_t stream);
+
 }  // namespace precal::cuda

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiled codes (format/cuda_tiles.h) -> pairs of levels, by a table in shared memory.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+
+namespace precal::cuda {
+
+// Levels of the two codes of a window as 16-bit floats, the first in the low half. Exact: levels have 7 bits.
+//
+//   bit   2 bits + 1   2 bits   ...bits+1   ...2     1        0
+//       |    b1     |   b0    |  q1   |  q0  | b_{k-1} | b_{k-2} |
+template <int kBits, bool kHalf>
+__device__ __forceinline__ uint32_t pair_of_window(uint32_t window, const int8_t* grid, int grid_size) {
+  constexpr uint32_t kUpper = (1u << (kBits - 1)) - 1u;
+  const uint32_t b0 = (window >> (2 * kBits)) & 1u, b1 = (window >> (2 * kBits + 1)) & 1u;
+  uint32_t first = ((window >> 2) & kUpper) << 1 | b0, second = ((window >> (kBits + 1)) & kUpper) << 1 | b1;
+  if (grid_size == 2 << kBits) {
+    format::TrellisState state;
+    state.before = window & 1u;
+    state.previous = (window >> 1) & 1u;
+    first = format::trellis_index(&state, first);
+    second = format::trellis_index(&state, second);
+  }
+  const float low = grid_size == 0 ? float(int(first) - (1 << (kBits - 1))) : float(grid[first]);
+  const float high = grid_size == 0 ? float(int(second) - (1 << (kBits - 1))) : float(grid[second]);
+  return kHalf ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+}
+
+// table[window][kCopies], by the whole block.
+template <int kBits, bool kHalf, int kCopies>
+__device__ __forceinline__ void build_table(uint32_t* table, const uint8_t* prepacked, int grid_size, int threads) {
+  const int8_t* grid = reinterpret_cast<const int8_t*>(prepacked + format::kCudaGridOffset);
+  for (int i = int(threadIdx.x); i < (4 << (2 * kBits)) * kCopies; i += threads) {
+    table[i] = pair_of_window<kBits, kHalf>(uint32_t(i / kCopies), grid, grid_size);
+  }
+}
+
+// Bits [kFirst, kFirst + kCount) of a lane's words of a chunk; all known when compiled.
+template <int kFirst, int kCount, int kBits>
+__device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kBits]) {
+  constexpr int kWord = kFirst / 32, kShift = kFirst % 32;
+  constexpr uint32_t kMask = (1u << kCount) - 1u;
+  if constexpr (kShift + kCount <= 32) {
+    return (words[kWord] >> kShift) & kMask;
+  } else {
+    return __funnelshift_r(words[kWord], words[kWord + 1], kShift) & kMask;
+  }
+}
+
+// The low bits of the last two codes of the first kPairs pairs: of row g in bits 0-1, of row g + 8 in bits 2-3.
+template <int kPairs, int kBits>
+__device__ __forceinline__ uint32_t last_low_bits(const uint32_t (&words)[kBits]) {
+  constexpr int kEnd = kPairs * 2 * kBits - 2;
+  return bits_of<kEnd, 2>(words) | bits_of<16 * kBits + kEnd, 2>(words) << 2;
+}
+
+// The window of pair kPair of row g + 8 * kRow, the pair before it being in the same words.
+template <int kPair, int kRow, int kBits>
+__device__ __forceinline__ uint32_t window_of(const uint32_t (&words)[kBits]) {
+  return bits_of<kRow * 16 * kBits + kPair * 2 * kBits - 2, 2 * kBits + 2>(words);
+}
+
+// Of pair 0 or 4. `history` has the two bits before it of both rows; pair 4 begins a run only where runs are of 8.
+template <int kPair, int kRow, int kBits>
+__device__ __forceinline__ uint32_t first_window(const uint32_t (&words)[kBits], uint32_t history, bool runs_of_8) {
+  const uint32_t begins =
+      bits_of<kRow * 16 * kBits + kPair * 2 * kBits, 2 * kBits>(words) << 2 | ((history >> (2 * kRow)) & 3u);
+  if constexpr (kPair == 0) {
+    return begins;
+  } else {
+    return runs_of_8 ? begins : window_of<kPair, kRow>(words);
+  }
+}
+
+// History of a lane's run: the last low bits of the lane that owns the columns before. `mine`: what this lane has for
+// its right neighbour, `wrap`: what lane t = 3 has for t = 0, whose run comes after it.
+__device__ __forceinline__ uint32_t history_of_run(uint32_t mine, uint32_t wrap, bool restarts) {
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t offered = lane % 4 == 3 ? wrap : mine;
+  const uint32_t got = __shfl_sync(0xFFFFFFFFu, offered, (lane & ~3) | ((lane + 3) & 3));
+  return restarts ? 0u : got;
+}
+
+// Whether a block of the trellis begins at columns 0 (bit 0) and 32 (bit 1) of the chunk at `column`.
+__device__ __forceinline__ uint32_t chunk_restarts(const format::OutlierBlocks& blocks, int64_t column, int64_t K) {
+  uint32_t restarts = 0;
+  if (column < K && format::block_begin_at(blocks, column) == column) restarts |= 1u;
+  if (column + 32 < K && format::block_begin_at(blocks, column + 32) == column + 32) restarts |= 2u;
+  return restarts;
+}
+
+// e4m3 as a 256th of its value, exactly: the same bits, two places further left, are a float16 of that size.
+constexpr float kScaleUnit = 256.0f;
+__device__ __forceinline__ float small_e4m3(uint32_t code) {
+  return ptx::unpack_f16(uint16_t((code & 0x80u) << 8 | (code & 0x7Fu) << 7));
+}
+
+}  // namespace precal::cuda
