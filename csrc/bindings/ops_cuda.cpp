@@ -1,37 +1,155 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.precal on CUDA devices. Loaded by precal_ext only where torch itself has CUDA.
-#include <cmath>
+#include <string>
+#include <tuple>
 
+#include "bindings/cuda_ops.h"
 #include "bindings/torch_tensor.h"
-#include "cuda/kernels.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
 namespace precal::bindings {
 namespace {
 
-cudaStream_t current_stream(const Tensor& t) {
+using MaybeTensor = std::optional<Tensor>;
+
+cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
-Tensor soft_threshold(const Tensor& w, double lam) {
-  const torch::stable::accelerator::DeviceGuard guard(w.get_device_index());
-  const Call call{"soft_threshold"};
-  const TensorView v = call.view("w", w);
-  check(check_dtype(call.op, "w", v, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
-  check(check_contiguous(call.op, "w", v));
-  if (!(lam >= 0.0) || std::isinf(lam)) {
-    check(invalid_value("soft_threshold: lam must be finite and >= 0, got ", lam));
+// One call of one op: on the device and the current stream of its first tensor, where the others must lie too.
+struct Call {
+  const char* op;
+  const Tensor& like;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  Call(const char* name, const Tensor& first) : op(name), like(first), guard(first.get_device_index()) {}
+
+  TensorView tensor(const char* name, const Tensor& t) const {
+    if (!t.is_cuda() || t.get_device_index() != like.get_device_index()) {
+      throw std::runtime_error(concat(op, ": ", name, " must be on CUDA device ", like.get_device_index(),
+                                      " as the first argument, got another device; call .to(device) first"));
+    }
+    return view(name, t);
   }
-  const Tensor out = torch::stable::empty_like(w);
-  check(cuda::launch_soft_threshold({v.data, out.data_ptr(), v.dtype, v.numel(), lam}, current_stream(w)));
-  return out;
+  TensorView optional(const char* name, const MaybeTensor& t) const {
+    return t.has_value() ? tensor(name, *t) : TensorView();
+  }
+
+  template <typename Op>
+  std::array<Tensor, Op::kOutputs> run(const Op& arguments) const {
+    std::array<TensorSpec, Op::kOutputs> specs;
+    check(arguments.plan(specs.data()));
+    std::array<Tensor, Op::kOutputs> outputs;
+    std::array<TensorView, Op::kOutputs> views;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const std::vector<int64_t> sizes(specs[i].shape, specs[i].shape + specs[i].ndim);
+      outputs[i] = torch::stable::new_empty(like, sizes, to_scalar_type(specs[i].dtype));
+      views[i] = view("output", outputs[i]);
+    }
+    const int64_t bytes = arguments.workspace_bytes();
+    Tensor workspace;  // freed on return: the allocator hands it on in the order of the stream
+    if (bytes > 0) workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+    check(arguments.launch(views.data(), bytes > 0 ? workspace.data_ptr() : nullptr,
+                           current_stream(like.get_device_index())));
+    return outputs;
+  }
+  template <typename Op>
+  auto run_tuple(const Op& arguments) const {
+    return as_tuple(run(arguments), std::make_index_sequence<size_t(Op::kOutputs)>());
+  }
+
+ private:
+  template <size_t... I, typename Array>
+  static auto as_tuple(const Array& a, std::index_sequence<I...>) {
+    return std::make_tuple(a[I]...);
+  }
+};
+
+Tensor soft_threshold(const Tensor& w, double lam) {
+  const Call call("soft_threshold", w);
+  return call.run(gpu::SoftThreshold{{call.tensor("w", w), lam}, {}})[0];
+}
+
+Tensor pack(const Tensor& codes, int64_t bits) {
+  const Call call("pack", codes);
+  return call.run(gpu::Pack{{call.tensor("codes", codes), bits}, {}})[0];
+}
+
+Tensor unpack(const Tensor& packed, int64_t bits, int64_t K) {
+  const Call call("unpack", packed);
+  return call.run(gpu::Unpack{{call.tensor("packed", packed), bits, K}, {}})[0];
+}
+
+cpu::WeightTensors weight_tensors(const Call& call, const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
+                                  const MaybeTensor& grid, const MaybeTensor& outlier_index,
+                                  const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
+                                  const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+  return {call.tensor("packed", packed),
+          call.tensor("scale", scale),
+          call.tensor("row_scale", row_scale),
+          call.optional("grid", grid),
+          call.optional("outlier_index", outlier_index),
+          call.optional("outlier_value", outlier_value),
+          call.optional("outlier_scale", outlier_scale),
+          call.optional("outlier_mask", outlier_mask),
+          K,
+          bits,
+          group_size};
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
+                  MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
+                  MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+  const Call call("dequantize", packed);
+  return call.run(gpu::Dequantize{{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                                  outlier_scale, outlier_mask, K, bits, group_size)},
+                                  {}})[0];
+}
+
+Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
+               MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
+               MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+  const Call call("prepack", packed);
+  return call.run(gpu::Prepack{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                              outlier_scale, outlier_mask, K, bits, group_size)})[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t N,
+                                                                                     int64_t K, int64_t bits,
+                                                                                     int64_t group_size, int64_t c,
+                                                                                     int64_t grid_size, bool split,
+                                                                                     std::string scale_dtype) {
+  const Call call("unprepack", prepacked);
+  return call.run_tuple(
+      gpu::Unprepack{{call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype}});
+}
+
+// x may be strided: activations often are, and a copy of them is small beside the weight.
+Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
+              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype,
+              std::string activations) {
+  const Call call("linear", x);
+  const Tensor rows = torch::stable::contiguous(x);
+  return call.run(
+      gpu::Linear{call.tensor("x", rows),
+                  {call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype},
+                  call.optional("bias", bias),
+                  activations})[0];
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(precal, CUDA, m) { m.impl("soft_threshold", TORCH_BOX(&soft_threshold)); }
+STABLE_TORCH_LIBRARY_IMPL(precal, CUDA, m) {
+  m.impl("soft_threshold", TORCH_BOX(&soft_threshold));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("prepack", TORCH_BOX(&prepack));
+  m.impl("unprepack", TORCH_BOX(&unprepack));
+  m.impl("linear", TORCH_BOX(&linear));
+}
 
 }  // namespace precal::bindings

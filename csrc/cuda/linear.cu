@@ -7,6 +7,7 @@ namespace precal::cuda {
 
 Status launch_linear_any(const LinearParams& params, cudaStream_t stream);
 Status launch_linear_small(const LinearParams& params, const LinearConfig& config, cudaStream_t stream);
+Status launch_linear_large(const LinearParams& params, const LinearConfig& config, cudaStream_t stream);
 
 namespace {
 
@@ -31,7 +32,8 @@ Status launch_linear(const LinearParams& p, cudaStream_t stream) {
   LinearConfig config;
   PRECAL_RETURN_IF_ERROR(choose(p.format, p.M, p.x_dtype, &config));
   if (config.kernel == LinearKernel::kAny) return launch_linear_any(p, stream);
-  return launch_linear_small(p, config, stream);
+  return config.kernel == LinearKernel::kSmall ? launch_linear_small(p, config, stream)
+                                               : launch_linear_large(p, config, stream);
 }
 
 }  // namespace precal::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[M, N] = x[M, K] W'[N, K]^T + bias for weights that are not tiled (format/cuda_tiles.h): other widths, odd groups,
-// the published recipe. Right and slow.
+// the published recipe; and for devices with too little shared memory. Right and slow.
 //
 // Work    a block owns a row of W' and up to 8 tokens; threads stride over K, dequantize and add, then a tree.
 // Limits  any format, any M.
@@ -18,31 +18,40 @@ struct Shared {
   float sums[kTokens][kThreads];
 };
 
+__device__ __forceinline__ uint32_t code(const LinearParams& p, int64_t n, int64_t k) {
+  const uint32_t* codes = reinterpret_cast<const uint32_t*>(p.prepacked + p.layout.codes);
+  return p.layout.tiled ? format::cuda_code_at(codes, p.format, p.layout, n, k)
+                        : format::code_at(codes + n * format::num_words(p.format), k, p.format.bits);
+}
+
+// Element j of row n of a section with `count` elements a row.
+__device__ __forceinline__ int64_t element_of(const LinearParams& p, int64_t n, int64_t count, int64_t j) {
+  return p.layout.tiled ? (n / format::kRowTile * count + j) * format::kRowTile + format::row_slot(n) : n * count + j;
+}
+
 // scale * level + U * outlier of column k.
 __device__ __forceinline__ float dense_weight(const LinearParams& p, const format::OutlierBlocks& blocks,
                                               const float* levels, int64_t n, int64_t k) {
   const format::WeightFormat& f = p.format;
   const uint8_t* base = p.prepacked;
-  const uint32_t* row = reinterpret_cast<const uint32_t*>(base + p.layout.codes) + n * format::num_words(f);
   const int64_t begin = format::block_begin_at(blocks, k);
-  uint32_t index = format::code_at(row, k, f.bits);
+  uint32_t index = code(p, n, k);
   if (format::is_trellis(f)) {
     format::TrellisState state;
-    for (int64_t i = k - 2 < begin ? begin : k - 2; i < k; ++i) {
-      format::trellis_index(&state, format::code_at(row, i, f.bits));
-    }
+    for (int64_t i = k - 2 < begin ? begin : k - 2; i < k; ++i) format::trellis_index(&state, code(p, n, i));
     index = format::trellis_index(&state, index);
   }
   const uint8_t* mask = base + p.layout.mask + n * format::mask_bytes_per_row(f);
   const bool salient = f.split && ((mask[k / 8] >> (k % 8)) & 1) != 0;
   const float scale = format::load_scale(base + (salient ? p.layout.outlier_scale : p.layout.scale),
-                                         n * p.groups + k / f.group_size, f.scale_type);
+                                         element_of(p, n, p.groups, k / f.group_size), f.scale_type);
   float value = scale * levels[index];
   const int64_t block = begin / blocks.segment * blocks.blocks_per_segment + begin % blocks.segment / format::kBlock;
   for (int i = 0; i < f.c; ++i) {
-    const int64_t entry = (n * blocks.num_blocks + block) * f.c + i;
-    if (begin + base[p.layout.outliers + entry] != k) continue;
-    value = value + format::kOutlierUnit * format::e4m3_to_float(base[p.layout.outlier_value + entry]);
+    const int64_t at = element_of(p, n, blocks.num_blocks * f.c, block * f.c + i);
+    const uint8_t* index_at = base + p.layout.outliers + (p.layout.tiled ? 2 * at : at);
+    const uint8_t* value_at = p.layout.tiled ? index_at + 1 : base + p.layout.outlier_value + at;
+    if (begin + *index_at == k) value = value + format::kOutlierUnit * format::e4m3_to_float(*value_at);
   }
   return value;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernel computes y = x W'^T + bias, and how the work is cut: plain numbers, tested with no GPU.
 //
-//   any     weights that are not tiled (format/cuda_tiles.h): right and slow
+//   any     weights that are not tiled (format/cuda_tiles.h), or tables that do not fit: right and slow
 //   small   up to 16 columns of mma: each weight is read once, K is cut into slices and the last to arrive adds them up
 //   large   tiles of 128 rows of W and 64 or 128 tokens; weights are dequantized into shared memory
 #pragma once
@@ -44,6 +44,8 @@ PRECAL_INLINE int64_t large_bytes(int bits, int tile_tokens) {
   return 2 * kLargeRows * 128 + 3 * int64_t(tile_tokens) * 128 + (int64_t(4) << window_bits(bits)) * kLargeCopies;
 }
 
+constexpr int64_t kLargeMostTokens = 65535 * 64;  // a launch has 65535 tiles of tokens at most
+
 PRECAL_INLINE LinearConfig linear_config(const format::WeightFormat& f, int64_t M, bool x_is_float32, int sms,
                                          int64_t shared_bytes) {
   LinearConfig c;
@@ -56,6 +58,16 @@ PRECAL_INLINE LinearConfig linear_config(const format::WeightFormat& f, int64_t 
     c.kernel = LinearKernel::kLarge;
     c.tile_tokens = M > 64 && shared_bytes >= large_bytes(f.bits, 128) ? 128 : 64;
     c.shared_bytes = large_bytes(f.bits, c.tile_tokens);
+    if (c.rows > kLargeMostTokens) c.rows = kLargeMostTokens;
+    // K is cut where the tiles alone would leave multiprocessors idle, but not below four panels.
+    const int64_t tiles = ceil_div(f.N, kLargeRows) * ceil_div(c.rows, c.tile_tokens);
+    const int64_t panels = layout.panels > 0 ? layout.panels : 1;
+    int64_t wanted = tiles > 0 ? int64_t(sms) / tiles : 1;
+    if (wanted > panels / 4) wanted = panels / 4;
+    if (wanted < 1) wanted = 1;
+    c.panels = ceil_div(panels, wanted);
+    c.slices = ceil_div(panels, c.panels);
+    if (c.slices > 1) c.workspace_bytes = round_up(tiles * 4, kCountersAlign) + c.slices * c.rows * f.N * 4;
     return c;
   }
   if (!small_fits) return c;
