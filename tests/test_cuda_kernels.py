@@ -48,12 +48,23 @@ def same_bits(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
         assert torch.equal(a, b), f"output {i} differs at {(a != b).nonzero()[:3].tolist()}"
 
 
+def call(gpu: emulator.Emulated, name: str, arguments: Sequence[Any], like: Sequence[Tensor]) -> list[Tensor]:
+    """With the scratch that the op asks for."""
+    try:
+        return gpu.call(name, arguments, like)
+    except ValueError as error:
+        wanted = re.search(r"workspace must have (\d+) bytes", str(error))
+        if wanted is None:
+            raise
+        return gpu.call(name, arguments, like, int(wanted[1]))
+
+
 def check(gpu: emulator.Emulated, name: str, *arguments: Any, seeds: Sequence[int] = (0, 1, 2)) -> list[Tensor]:
     """The bits of the CPU op, in every order."""
     want = as_list(getattr(torch.ops.precal, name)(*arguments))
     for seed in seeds:
         gpu.device(seed)
-        same_bits(gpu.call(name, arguments, want), want)
+        same_bits(call(gpu, name, arguments, want), want)
     return want
 
 
@@ -142,13 +153,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
 def linear(gpu: emulator.Emulated, x: Tensor, weight: shapes.Weight, bias: Tensor | None, prepacked: Tensor) -> Tensor:
-    arguments = (x, prepacked, bias, *weight.numbers)
     y = x.new_empty([*x.shape[:-1], len(weight.packed)])
-    try:
-        return gpu.call("linear", arguments, [y])[0]
-    except ValueError as error:  # names the scratch that it needs
-        bytes_needed = int(re.search(r"workspace must have (\d+) bytes", str(error))[1])
-        return gpu.call("linear", arguments, [y], bytes_needed)[0]
+    return call(gpu, "linear", (x, prepacked, bias, *weight.numbers), [y])[0]
 
 
 def check_linear(
@@ -247,3 +253,71 @@ def test_a_device_with_little_shared_memory_still_multiplies(gpu: emulator.Emula
         want = x.double() @ torch.ops.precal.dequantize(*weight).double().T
         y = linear(gpu, x, weight, None, prepacked)
         assert (y - want).norm() <= TOLERANCE[torch.float16] * want.norm()
+
+
+# ---- quantization ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_histogram(gpu: emulator.Emulated, dtype: torch.dtype) -> None:
+    w = shapes.student_t(5, 300).to(dtype)
+    w[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    divisor = torch.rand(5, 10, generator=shapes.generator(1)) + 0.5
+    mass = torch.randint(0, 2**31, (5, 10), generator=shapes.generator(2))
+    label = torch.randint(0, 16, (5, 300), dtype=torch.uint8, generator=shapes.generator(3))
+    check(gpu, "histogram", w, 100, -0.1, 0.1)
+    check(gpu, "histogram", w, 1, -0.05, 0.02, divisor, None, 32)
+    check(gpu, "histogram", w, 5000, -0.1, 0.1, divisor, mass, 32)  # more cells than shared memory is asked for
+    check(gpu, "histogram", w, 64, -0.1, 0.1, None, mass, 32, label, 16)
+    check(gpu, "histogram", w[:0], 100, -0.1, 0.1)
+
+
+GRIDS = {
+    "uniform": (4, None),
+    "fitted": (4, shapes.GRID_4),
+    "trellis 4": (4, shapes.TRELLIS_4),
+    "trellis 3": (3, shapes.TRELLIS_3),
+    "fitted 3": (3, shapes.GRID_3),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("matrix", shapes.HARD_MATRICES)
+def test_quantize_hard_matrices(gpu: emulator.Emulated, grid: str, matrix: str) -> None:
+    bits, levels = GRIDS[grid]
+    levels = None if levels is None else torch.tensor([levels], dtype=torch.int8)
+    w = shapes.HARD_MATRICES[matrix](6, 300)
+    check(gpu, "quantize_groups", w, levels, bits, 64, 1, seeds=[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("N", "K", "group_size", "c"),
+    [(1, 1, 64, 1), (17, 65, 32, 0), (2, 2304, 64, 2), (3, 513, 100, 4), (5, 40, 1000, 16), (0, 8, 8, 1), (2, 0, 8, 1)],
+)
+def test_quantize_shapes(gpu: emulator.Emulated, N: int, K: int, group_size: int, c: int, dtype: torch.dtype) -> None:
+    w = shapes.student_t(N, K).to(dtype)
+    for name in ("fitted", "trellis 4", "trellis 3"):
+        bits, levels = GRIDS[name]
+        check(gpu, "quantize_groups", w, torch.tensor([levels], dtype=torch.int8), bits, group_size, c, 1e-5, seeds=[3])
+    check(gpu, "quantize_groups", w, None, 4, group_size, 0, 0.0, "float16", True, 1.0, 1.0, seeds=[1])
+    check(gpu, "quantize_split", w, w.abs() > 0.04, 3, group_size, seeds=[2])
+
+
+@pytest.mark.parametrize("bits", [2, 5, 6, 7, 8])
+def test_quantize_other_widths(gpu: emulator.Emulated, bits: int) -> None:
+    w = shapes.student_t(5, 100)
+    levels = torch.linspace(-127, 120, 2 ** min(bits + 1, 8)).round().to(torch.int8)[None]
+    check(gpu, "quantize_groups", w, levels, bits, 32, 1, seeds=[2])
+    check(gpu, "quantize_groups", w, None, bits, 32, 1, seeds=[0])
+
+
+def test_a_row_that_is_not_finite_gets_no_scale(gpu: emulator.Emulated) -> None:
+    w = shapes.gaussian(4, 300)
+    w[1, 7], w[2, 299] = torch.nan, -torch.inf
+    grid = torch.tensor([shapes.TRELLIS_4], dtype=torch.int8)
+    arguments = (w, grid, 4, 64, 1)
+    want = torch.ops.precal.quantize_groups(w.nan_to_num(0, 0, 0), *arguments[1:])
+    got = call(gpu, "quantize_groups", arguments, want)
+    assert got[2].isnan().tolist() == [False, True, True, False]
+    same_bits([t[[0, 3]] for t in got], [t[[0, 3]] for t in want])

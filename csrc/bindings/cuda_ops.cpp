@@ -21,6 +21,92 @@ Status SoftThreshold::launch(const TensorView* out, void*, cudaStream_t stream) 
   return cuda::launch_soft_threshold({w.data, out[0].data, w.dtype, w.numel(), lam}, stream);
 }
 
+Status Histogram::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  cuda::HistogramParams p{};
+  p.w = w.data;
+  p.dtype = w.dtype;
+  p.N = w.shape[0];
+  p.K = w.shape[1];
+  p.group_size = group_size;
+  p.groups = ceil_div(p.K, group_size);
+  p.divisor = divisor.as<float>();
+  p.weight = weight.as<int64_t>();
+  p.label = label.as<uint8_t>();
+  p.num_bins = num_bins;
+  p.num_labels = num_labels;
+  p.lo = lo;
+  p.hi = hi;
+  p.counts = out[0].as<int64_t>();
+  p.outside = out[1].as<int64_t>();
+  return cuda::launch_histogram(p, stream);
+}
+
+namespace {
+
+WeightFormat format_of(const cpu::QuantizeGroups& q) {
+  WeightFormat f;
+  f.N = q.w.shape[0];
+  f.K = q.w.shape[1];
+  f.bits = int(q.bits);
+  f.group_size = q.group_size;
+  f.c = int(q.c);
+  f.grid_size = q.grid.present ? int(q.grid.numel()) : 0;
+  f.scale_type = q.scale_dtype == "float16" ? ScaleType::kFloat16 : ScaleType::kE4m3;
+  return f;
+}
+
+WeightFormat format_of(const cpu::QuantizeSplit& q) {
+  WeightFormat f;
+  f.N = q.w.shape[0];
+  f.K = q.w.shape[1];
+  f.bits = int(q.bits);
+  f.group_size = q.group_size;
+  f.split = true;
+  f.scale_type = ScaleType::kFloat16;
+  return f;
+}
+
+}  // namespace
+
+int64_t QuantizeGroups::workspace_bytes() const { return cuda::quantize_workspace(format_of(*this)); }
+int64_t QuantizeSplit::workspace_bytes() const { return cuda::quantize_workspace(format_of(*this)); }
+
+Status QuantizeGroups::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  cuda::QuantizeParams p{};
+  p.format = format_of(*this);
+  p.w = w.data;
+  p.dtype = w.dtype;
+  p.grid = grid.as<int8_t>();
+  p.symmetric = symmetric;
+  p.lam = lam;
+  p.search_lo = float(search_lo);
+  p.search_hi = float(search_hi);
+  p.codes = out[0].as<uint8_t>();
+  p.scale = out[1].data;
+  p.row_scale = out[2].as<uint16_t>();
+  p.outlier_index = out[3].as<uint8_t>();
+  p.outlier_value = out[4].as<uint8_t>();
+  p.workspace = workspace;
+  return cuda::launch_quantize(p, stream);
+}
+
+Status QuantizeSplit::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  cuda::QuantizeParams p{};
+  p.format = format_of(*this);
+  p.w = w.data;
+  p.dtype = w.dtype;
+  p.symmetric = true;
+  p.search_lo = p.search_hi = 1.0f;
+  p.codes = out[0].as<uint8_t>();
+  p.scale = out[1].data;
+  p.row_scale = out[2].as<uint16_t>();
+  p.salient = salient.as<uint8_t>();
+  p.outlier_scale = out[3].data;
+  p.mask = out[4].as<uint8_t>();
+  p.workspace = workspace;
+  return cuda::launch_quantize(p, stream);
+}
+
 Status Pack::launch(const TensorView* out, void*, cudaStream_t stream) const {
   return cuda::launch_pack({codes.as<uint8_t>(), out[0].as<uint32_t>(), codes.shape[0], codes.shape[1], int(bits)},
                            stream);

@@ -18,6 +18,20 @@ struct SoftThreshold : cpu::SoftThreshold, NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };
 
+struct Histogram : cpu::Histogram, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct QuantizeGroups : cpu::QuantizeGroups {
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct QuantizeSplit : cpu::QuantizeSplit {
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
 struct Pack : cpu::Pack, NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };

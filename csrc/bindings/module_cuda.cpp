@@ -130,6 +130,43 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
       },
       py::arg("w"), py::arg("lam"), PRECAL_ENDING);
   m.def(
+      "histogram",
+      [](const object& w, int64_t num_bins, double lo, double hi, const object& divisor, const object& weight,
+         int64_t group_size, const object& label, int64_t num_labels, const object& out, const object& workspace,
+         uintptr_t stream) {
+        const Call call{"histogram", stream};
+        const Borrowed a = call.tensor("w", w), d = call.optional("divisor", divisor);
+        const Borrowed v = call.optional("weight", weight), l = call.optional("label", label);
+        call.run(gpu::Histogram{{a.view, num_bins, lo, hi, d.view, v.view, group_size, l.view, num_labels}, {}}, out,
+                 workspace);
+      },
+      py::arg("w"), py::arg("num_bins"), py::arg("lo"), py::arg("hi"), py::arg("divisor") = py::none(),
+      py::arg("weight") = py::none(), py::arg("group_size") = 128, py::arg("label") = py::none(),
+      py::arg("num_labels") = 1, PRECAL_ENDING);
+  m.def(
+      "quantize_groups",
+      [](const object& w, const object& grid, int64_t bits, int64_t group_size, int64_t c, double lam,
+         const std::string& scale_dtype, bool symmetric, double search_lo, double search_hi, const object& out,
+         const object& workspace, uintptr_t stream) {
+        const Call call{"quantize_groups", stream};
+        const Borrowed a = call.tensor("w", w), g = call.optional("grid", grid);
+        call.run(gpu::QuantizeGroups{{a.view, g.view, bits, group_size, c, lam, scale_dtype, symmetric, search_lo,
+                                      search_hi}},
+                 out, workspace);
+      },
+      py::arg("w"), py::arg("grid"), py::arg("bits"), py::arg("group_size"), py::arg("c") = 0, py::arg("lam") = 0.0,
+      py::arg("scale_dtype") = "e4m3", py::arg("symmetric") = false, py::arg("search_lo") = 0.6,
+      py::arg("search_hi") = 1.1, PRECAL_ENDING);
+  m.def(
+      "quantize_split",
+      [](const object& w, const object& salient, int64_t bits, int64_t group_size, const object& out,
+         const object& workspace, uintptr_t stream) {
+        const Call call{"quantize_split", stream};
+        const Borrowed a = call.tensor("w", w), b = call.tensor("salient", salient);
+        call.run(gpu::QuantizeSplit{{a.view, b.view, bits, group_size}}, out, workspace);
+      },
+      py::arg("w"), py::arg("salient"), py::arg("bits"), py::arg("group_size"), PRECAL_ENDING);
+  m.def(
       "pack",
       [](const object& codes, int64_t bits, const object& out, const object& workspace, uintptr_t stream) {
         const Call call{"pack", stream};

@@ -73,6 +73,30 @@ Tensor soft_threshold(const Tensor& w, double lam) {
   return call.run(gpu::SoftThreshold{{call.tensor("w", w), lam}, {}})[0];
 }
 
+std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
+                                     MaybeTensor weight, int64_t group_size, MaybeTensor label, int64_t num_labels) {
+  const Call call("histogram", w);
+  return call.run_tuple(
+      gpu::Histogram{{call.tensor("w", w), num_bins, lo, hi, call.optional("divisor", divisor),
+                      call.optional("weight", weight), group_size, call.optional("label", label), num_labels},
+                     {}});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_groups(const Tensor& w, MaybeTensor grid, int64_t bits,
+                                                                   int64_t group_size, int64_t c, double lam,
+                                                                   std::string scale_dtype, bool symmetric,
+                                                                   double search_lo, double search_hi) {
+  const Call call("quantize_groups", w);
+  return call.run_tuple(gpu::QuantizeGroups{{call.tensor("w", w), call.optional("grid", grid), bits, group_size, c, lam,
+                                             scale_dtype, symmetric, search_lo, search_hi}});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& w, const Tensor& salient, int64_t bits,
+                                                                  int64_t group_size) {
+  const Call call("quantize_split", w);
+  return call.run_tuple(gpu::QuantizeSplit{{call.tensor("w", w), call.tensor("salient", salient), bits, group_size}});
+}
+
 Tensor pack(const Tensor& codes, int64_t bits) {
   const Call call("pack", codes);
   return call.run(gpu::Pack{{call.tensor("codes", codes), bits}, {}})[0];
@@ -144,6 +168,9 @@ Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_
 
 STABLE_TORCH_LIBRARY_IMPL(precal, CUDA, m) {
   m.impl("soft_threshold", TORCH_BOX(&soft_threshold));
+  m.impl("histogram", TORCH_BOX(&histogram));
+  m.impl("quantize_groups", TORCH_BOX(&quantize_groups));
+  m.impl("quantize_split", TORCH_BOX(&quantize_split));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("dequantize", TORCH_BOX(&dequantize));

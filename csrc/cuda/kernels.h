@@ -60,6 +60,42 @@ struct PrepackParams {
 Status launch_prepack(const PrepackParams& params, cudaStream_t stream);
 Status launch_unprepack(const PrepackParams& params, cudaStream_t stream);
 
+struct HistogramParams {
+  const void* w;  // [N, K] dtype
+  DType dtype;
+  int64_t N, K, group_size, groups;
+  const float* divisor;   // [N, groups] or nullptr: 1
+  const int64_t* weight;  // [N, groups] or nullptr: 1
+  const uint8_t* label;   // [N, K] or nullptr: 0
+  int64_t num_bins, num_labels;
+  double lo, hi;
+  int64_t* counts;   // [num_labels, num_bins]
+  int64_t* outside;  // [3] below, above, NaN
+};
+Status launch_histogram(const HistogramParams& params, cudaStream_t stream);
+
+// quantize_groups, or quantize_split where format.split. Workspace: quantize_workspace() bytes, 16-byte aligned.
+struct QuantizeParams {
+  format::WeightFormat format;
+  const void* w;  // [N, K] dtype
+  DType dtype;
+  const int8_t* grid;  // [format.grid_size]
+  bool symmetric;
+  double lam;
+  float search_lo, search_hi;
+  uint8_t* codes;          // [N, K]
+  void* scale;             // [N, G]
+  uint16_t* row_scale;     // [N] bfloat16
+  uint8_t* outlier_index;  // [N, blocks, c]
+  uint8_t* outlier_value;  // [N, blocks, c]
+  const uint8_t* salient;  // split: [N, K]
+  void* outlier_scale;     // split: [N, G] float16
+  uint8_t* mask;           // split: [N, ceil(K/8)]
+  void* workspace;
+};
+int64_t quantize_workspace(const format::WeightFormat& format);
+Status launch_quantize(const QuantizeParams& params, cudaStream_t stream);
+
 // y = x W'^T + bias. Workspace: linear_workspace() bytes, 16-byte aligned.
 struct LinearParams {
   format::WeightFormat format;
