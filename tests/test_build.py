@@ -149,5 +149,5 @@ def test_the_cuda_module_refuses_cpu_tensors() -> None:
 def test_the_cuda_module_gives_the_bits_of_the_cpu() -> None:
     w = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(w, device="cuda")
-    cuda_module().soft_threshold(w.cuda(), 0.5, out, torch.cuda.current_stream().cuda_stream)
+    cuda_module().soft_threshold(w.cuda(), 0.5, out, stream=torch.cuda.current_stream().cuda_stream)
     assert torch.equal(out.cpu(), torch.from_numpy(_C.soft_threshold(w.numpy(), 0.5)))

@@ -321,3 +321,69 @@ def test_a_row_that_is_not_finite_gets_no_scale(gpu: emulator.Emulated) -> None:
     got = call(gpu, "quantize_groups", arguments, want)
     assert got[2].isnan().tolist() == [False, True, True, False]
     same_bits([t[[0, 3]] for t in got], [t[[0, 3]] for t in want])
+
+
+# ---- salience and grids ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", ["none", "row", "group"])
+@pytest.mark.parametrize("scope", ["tensor", "row", "group"])
+def test_salience(gpu: emulator.Emulated, scope: str, normalize: str) -> None:
+    for w in (shapes.student_t(5, 300).bfloat16(), shapes.HARD_MATRICES["rounded"](3, 65), torch.zeros(2, 40)):
+        for alpha in (0.0, 0.05, 1.0):
+            (lam,) = check(gpu, "salience_threshold", w, alpha, scope, 32, normalize, seeds=[2])
+        check(gpu, "salience_mask", w, lam, scope, 32, normalize, seeds=[1])
+    for shape in ((0, 5), (3, 0)):
+        (lam,) = check(gpu, "salience_threshold", torch.zeros(shape), 0.05, scope, 32, normalize, seeds=[0])
+        check(gpu, "salience_mask", torch.zeros(shape), lam, scope, 32, normalize, seeds=[0])
+
+
+def test_salience_of_weights_that_are_not_finite_is_nan(gpu: emulator.Emulated) -> None:
+    w = shapes.gaussian(3, 100)
+    w[1, 40] = torch.inf
+    like = torch.empty(3, dtype=torch.float64)
+    (lam,) = call(gpu, "salience_threshold", (w, 0.05, "row"), [like])
+    assert lam.isnan().tolist() == [False, True, False]
+    assert call(gpu, "salience_threshold", (w, 0.05), [like[:1]])[0].isnan()
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.03])
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+@pytest.mark.parametrize("levels", [shapes.GRID_3, shapes.GRID_4])
+def test_fit_grid(gpu: emulator.Emulated, levels: list[int], rounds: int, mu: float) -> None:
+    grid = torch.tensor([levels], dtype=torch.int8)
+    w = shapes.student_t(20, 500) / 0.02 * 40
+    counts, _ = torch.ops.precal.histogram(w, 256, -254.0, 254.0)
+    check(gpu, "fit_grid", counts, -254.0, 254.0, grid, mu, rounds, seeds=[2])
+    check(gpu, "fit_grid", torch.zeros_like(counts), -254.0, 254.0, grid, mu, rounds, seeds=[0])
+    label = torch.randint(0, len(levels), w.shape, dtype=torch.uint8, generator=shapes.generator(0))
+    by_code, _ = torch.ops.precal.histogram(w, 64, -254.0, 254.0, None, None, 128, label, len(levels))
+    by_code[3] = 0
+    check(gpu, "fit_grid", by_code, -254.0, 254.0, grid, mu, rounds, seeds=[1])
+
+
+def test_spread_codes_and_kl(gpu: emulator.Emulated) -> None:
+    grid = torch.tensor([shapes.GRID_4], dtype=torch.int8)
+    w = shapes.student_t(20, 500) / 0.02 * 40
+    counts, _ = torch.ops.precal.histogram(w, 512, -254.0, 254.0)
+    (density,) = check(gpu, "spread_codes", counts, -254.0, 254.0, grid)
+    label = torch.randint(0, 16, w.shape, dtype=torch.uint8, generator=shapes.generator(0))
+    by_code, _ = torch.ops.precal.histogram(w, 512, -254.0, 254.0, None, None, 128, label, 16)
+    check(gpu, "spread_codes", by_code, -254.0, 254.0, grid)
+    for p, q, smoothing in ((counts, density, 0.0), (density, counts, 0.5), (counts * 0, density, 0.0)):
+        want = torch.ops.precal.kl_divergence(p, q, smoothing)
+        (got,) = call(gpu, "kl_divergence", (p, q, smoothing), [want])
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+def test_every_op_has_a_kernel(gpu: emulator.Emulated) -> None:
+    """The examples of every op, through the same names and arguments."""
+    examples = shapes.op_examples()
+    for name, arguments in examples.items():
+        want = as_list(getattr(torch.ops.precal, name)(*arguments))
+        if name in ("prepack", "unprepack", "linear"):  # an order of their own; tested above
+            assert hasattr(gpu.module, name)
+        elif name == "kl_divergence":
+            torch.testing.assert_close(call(gpu, name, arguments, want), want, rtol=1e-12, atol=0)
+        else:
+            same_bits(call(gpu, name, arguments, want), want)

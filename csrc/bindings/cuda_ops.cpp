@@ -21,6 +21,97 @@ Status SoftThreshold::launch(const TensorView* out, void*, cudaStream_t stream) 
   return cuda::launch_soft_threshold({w.data, out[0].data, w.dtype, w.numel(), lam}, stream);
 }
 
+namespace {
+
+// Columns of a unit: 0 for the whole tensor, which is `none` for normalize.
+int64_t unit_of(const std::string& text, int64_t K, int64_t group_size) {
+  if (text == "row") return K > 0 ? K : 1;
+  if (text == "group") return group_size < K ? group_size : K > 0 ? K : 1;
+  return 0;
+}
+
+template <typename Op>
+cuda::SalienceParams salience_params(const Op& op, void* workspace) {
+  cuda::SalienceParams p{};
+  p.w = op.w.data;
+  p.dtype = op.w.dtype;
+  p.N = op.w.shape[0];
+  p.K = op.w.shape[1];
+  p.unit = unit_of(op.scope, p.K, op.group_size);
+  p.normalize_unit = unit_of(op.normalize, p.K, op.group_size);
+  p.workspace = workspace;
+  return p;
+}
+
+cuda::GridParams grid_params(const TensorView& counts, double lo, double hi, const TensorView& grid) {
+  cuda::GridParams p{};
+  p.counts = counts.as<int64_t>();
+  p.bins = counts.shape[counts.ndim - 1];
+  p.by_code = counts.ndim == 2;
+  p.lo = lo;
+  p.hi = hi;
+  p.grid = grid.as<int8_t>();
+  p.levels = int(grid.numel());
+  return p;
+}
+
+// Kernels hold that many; the CPU looks at it when it reads the levels.
+Status check_levels(const char* op, const TensorView& grid) {
+  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "grid", grid));
+  if (grid.ndim < 1 || grid.numel() < 2 || grid.numel() > 256) {
+    return invalid_value(op, ": grid must hold 2 to 256 levels, got ", shape_text(grid));
+  }
+  return {};
+}
+
+}  // namespace
+
+int64_t SalienceThreshold::workspace_bytes() const { return cuda::salience_workspace(w.numel(), normalize != "none"); }
+int64_t SalienceMask::workspace_bytes() const { return cuda::salience_workspace(w.numel(), normalize != "none"); }
+
+Status SalienceThreshold::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  cuda::SalienceParams p = salience_params(*this, workspace);
+  p.alpha = alpha;
+  p.lam = out[0].as<double>();
+  p.num_lam = out[0].numel();
+  return cuda::launch_salience_threshold(p, stream);
+}
+
+Status SalienceMask::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  cuda::SalienceParams p = salience_params(*this, workspace);
+  p.lam = lam.as<double>();
+  p.num_lam = lam.numel();
+  p.mask = out[0].as<uint8_t>();
+  return cuda::launch_salience_mask(p, stream);
+}
+
+Status SpreadCodes::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  PRECAL_RETURN_IF_ERROR(check_levels("spread_codes", grid));
+  cuda::GridParams p = grid_params(counts, lo, hi, grid);
+  p.out = out[0].as<double>();
+  return cuda::launch_spread_codes(p, stream);
+}
+
+Status KlDivergence::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  return cuda::launch_kl_divergence(
+      {p.data, q.data, p.dtype == DType::kInt64, q.dtype == DType::kInt64, p.shape[0], smoothing, out[0].as<double>()},
+      stream);
+}
+
+int64_t FitGrid::workspace_bytes() const {
+  return counts.ndim == 2 ? 0 : cuda::grid_workspace(counts.shape[counts.ndim - 1]);
+}
+
+Status FitGrid::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  PRECAL_RETURN_IF_ERROR(check_levels("fit_grid", grid));
+  cuda::GridParams p = grid_params(counts, lo, hi, grid);
+  p.mu = mu;
+  p.rounds = rounds;
+  p.out_grid = out[0].as<int8_t>();
+  p.workspace = workspace;
+  return cuda::launch_fit_grid(p, stream);
+}
+
 Status Histogram::launch(const TensorView* out, void*, cudaStream_t stream) const {
   cuda::HistogramParams p{};
   p.w = w.data;

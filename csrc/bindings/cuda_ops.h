@@ -18,6 +18,29 @@ struct SoftThreshold : cpu::SoftThreshold, NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };
 
+struct SalienceThreshold : cpu::SalienceThreshold {
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct SalienceMask : cpu::SalienceMask {
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct SpreadCodes : cpu::SpreadCodes, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct KlDivergence : cpu::KlDivergence, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
+struct FitGrid : cpu::FitGrid {
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
 struct Histogram : cpu::Histogram, NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };

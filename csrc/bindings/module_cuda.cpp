@@ -130,6 +130,54 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
       },
       py::arg("w"), py::arg("lam"), PRECAL_ENDING);
   m.def(
+      "salience_threshold",
+      [](const object& w, double alpha, const std::string& scope, int64_t group_size, const std::string& normalize,
+         const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"salience_threshold", stream};
+        const Borrowed a = call.tensor("w", w);
+        call.run(gpu::SalienceThreshold{{a.view, alpha, scope, group_size, normalize}}, out, workspace);
+      },
+      py::arg("w"), py::arg("alpha"), py::arg("scope") = "tensor", py::arg("group_size") = 128,
+      py::arg("normalize") = "none", PRECAL_ENDING);
+  m.def(
+      "salience_mask",
+      [](const object& w, const object& lam, const std::string& scope, int64_t group_size, const std::string& normalize,
+         const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"salience_mask", stream};
+        const Borrowed a = call.tensor("w", w), b = call.tensor("lam", lam);
+        call.run(gpu::SalienceMask{{a.view, b.view, scope, group_size, normalize}}, out, workspace);
+      },
+      py::arg("w"), py::arg("lam"), py::arg("scope") = "tensor", py::arg("group_size") = 128,
+      py::arg("normalize") = "none", PRECAL_ENDING);
+  m.def(
+      "spread_codes",
+      [](const object& counts, double lo, double hi, const object& grid, const object& out, const object& workspace,
+         uintptr_t stream) {
+        const Call call{"spread_codes", stream};
+        const Borrowed a = call.tensor("counts", counts), b = call.tensor("grid", grid);
+        call.run(gpu::SpreadCodes{{a.view, lo, hi, b.view}, {}}, out, workspace);
+      },
+      py::arg("counts"), py::arg("lo"), py::arg("hi"), py::arg("grid"), PRECAL_ENDING);
+  m.def(
+      "kl_divergence",
+      [](const object& p, const object& q, double smoothing, const object& out, const object& workspace,
+         uintptr_t stream) {
+        const Call call{"kl_divergence", stream};
+        const Borrowed a = call.tensor("p", p), b = call.tensor("q", q);
+        call.run(gpu::KlDivergence{{a.view, b.view, smoothing}, {}}, out, workspace);
+      },
+      py::arg("p"), py::arg("q"), py::arg("smoothing") = 0.0, PRECAL_ENDING);
+  m.def(
+      "fit_grid",
+      [](const object& counts, double lo, double hi, const object& grid, double mu, int64_t rounds, const object& out,
+         const object& workspace, uintptr_t stream) {
+        const Call call{"fit_grid", stream};
+        const Borrowed a = call.tensor("counts", counts), b = call.tensor("grid", grid);
+        call.run(gpu::FitGrid{{a.view, lo, hi, b.view, mu, rounds}}, out, workspace);
+      },
+      py::arg("counts"), py::arg("lo"), py::arg("hi"), py::arg("grid"), py::arg("mu") = 0.0, py::arg("rounds") = 1,
+      PRECAL_ENDING);
+  m.def(
       "histogram",
       [](const object& w, int64_t num_bins, double lo, double hi, const object& divisor, const object& weight,
          int64_t group_size, const object& label, int64_t num_labels, const object& out, const object& workspace,

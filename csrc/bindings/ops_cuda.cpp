@@ -73,6 +73,31 @@ Tensor soft_threshold(const Tensor& w, double lam) {
   return call.run(gpu::SoftThreshold{{call.tensor("w", w), lam}, {}})[0];
 }
 
+Tensor salience_threshold(const Tensor& w, double alpha, std::string scope, int64_t group_size, std::string normalize) {
+  const Call call("salience_threshold", w);
+  return call.run(gpu::SalienceThreshold{{call.tensor("w", w), alpha, scope, group_size, normalize}})[0];
+}
+
+Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int64_t group_size, std::string normalize) {
+  const Call call("salience_mask", w);
+  return call.run(gpu::SalienceMask{{call.tensor("w", w), call.tensor("lam", lam), scope, group_size, normalize}})[0];
+}
+
+Tensor spread_codes(const Tensor& counts, double lo, double hi, const Tensor& grid) {
+  const Call call("spread_codes", counts);
+  return call.run(gpu::SpreadCodes{{call.tensor("counts", counts), lo, hi, call.tensor("grid", grid)}, {}})[0];
+}
+
+Tensor kl_divergence(const Tensor& p, const Tensor& q, double smoothing) {
+  const Call call("kl_divergence", p);
+  return call.run(gpu::KlDivergence{{call.tensor("p", p), call.tensor("q", q), smoothing}, {}})[0];
+}
+
+Tensor fit_grid(const Tensor& counts, double lo, double hi, const Tensor& grid, double mu, int64_t rounds) {
+  const Call call("fit_grid", counts);
+  return call.run(gpu::FitGrid{{call.tensor("counts", counts), lo, hi, call.tensor("grid", grid), mu, rounds}})[0];
+}
+
 std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
                                      MaybeTensor weight, int64_t group_size, MaybeTensor label, int64_t num_labels) {
   const Call call("histogram", w);
@@ -168,6 +193,11 @@ Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_
 
 STABLE_TORCH_LIBRARY_IMPL(precal, CUDA, m) {
   m.impl("soft_threshold", TORCH_BOX(&soft_threshold));
+  m.impl("salience_threshold", TORCH_BOX(&salience_threshold));
+  m.impl("salience_mask", TORCH_BOX(&salience_mask));
+  m.impl("spread_codes", TORCH_BOX(&spread_codes));
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("fit_grid", TORCH_BOX(&fit_grid));
   m.impl("histogram", TORCH_BOX(&histogram));
   m.impl("quantize_groups", TORCH_BOX(&quantize_groups));
   m.impl("quantize_split", TORCH_BOX(&quantize_split));

@@ -60,6 +60,49 @@ struct PrepackParams {
 Status launch_prepack(const PrepackParams& params, cudaStream_t stream);
 Status launch_unprepack(const PrepackParams& params, cudaStream_t stream);
 
+struct SalienceParams {
+  const void* w;  // [N, K] dtype
+  DType dtype;
+  int64_t N, K;
+  int64_t unit;            // columns of a unit with its own lam; 0: the tensor is one
+  int64_t normalize_unit;  // columns that are normalized together; 0: none are
+  double alpha;
+  double* lam;  // [num_lam]: written by the threshold, read by the mask
+  int64_t num_lam;
+  uint8_t* mask;    // [N, K]
+  void* workspace;  // salience_workspace(N * K, normalize_unit > 0) bytes
+};
+int64_t salience_workspace(int64_t count, bool normalize);
+Status launch_salience_threshold(const SalienceParams& params, cudaStream_t stream);
+Status launch_salience_mask(const SalienceParams& params, cudaStream_t stream);
+
+// fit_grid and spread_codes.
+struct GridParams {
+  const int64_t* counts;  // [bins], or [levels, bins] where by_code
+  int64_t bins;
+  bool by_code;
+  double lo, hi;
+  const int8_t* grid;  // [levels]
+  int levels;
+  double mu;
+  int64_t rounds;
+  int8_t* out_grid;  // fit_grid: [levels]
+  double* out;       // spread_codes: [bins]
+  void* workspace;   // fit_grid: grid_workspace(bins) bytes
+};
+int64_t grid_workspace(int64_t bins);
+Status launch_fit_grid(const GridParams& params, cudaStream_t stream);
+Status launch_spread_codes(const GridParams& params, cudaStream_t stream);
+
+struct KlParams {
+  const void *p, *q;  // [bins] int64 or float64
+  bool p_int64, q_int64;
+  int64_t bins;
+  double smoothing;
+  double* out;  // one
+};
+Status launch_kl_divergence(const KlParams& params, cudaStream_t stream);
+
 struct HistogramParams {
   const void* w;  // [N, K] dtype
   DType dtype;

@@ -8,14 +8,13 @@
 //         backwards; blocks are independent, because the search keeps the state at each block's end.
 // Count   per column and candidate 4 * (levels / 4 - 1) compares, 8 additions, 4 minima and about 12 more; twice.
 // Limits  any group size; trellis grids of 8 to 256 levels.
-#include <limits>
-
 #include "cuda/quantize.cuh"
 
 namespace precal::cuda {
 
 namespace {
 
+constexpr uint32_t kInfinity = 0x7F800000u;  // as bits
 constexpr int kThreads = 128, kCandidates = 8, kRows = 32 / kCandidates;
 
 struct Costs {
@@ -57,7 +56,7 @@ __device__ __forceinline__ Costs extend_paths(const QuantizeKernelParams& p, con
         p.scratch.end_state[row.n * p.blocks.num_blocks + ended] = cheapest_state(cost);
       }
       cost.state[0] = least_cost(cost);
-      cost.state[1] = cost.state[2] = cost.state[3] = std::numeric_limits<float>::infinity();
+      cost.state[1] = cost.state[2] = cost.state[3] = bits_float(kInfinity);
       if (k != format::block_begin(p.blocks, block)) ++block;
       restart = format::block_end(p.blocks, block);
     }
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) search_kernel(QuantizeKernelParams p
     const float t = p.scratch.target[row.n * p.groups + g];
     int first, last;
     candidates(q, t, &first, &last);
-    float best_cost = std::numeric_limits<float>::infinity();
+    float best_cost = bits_float(kInfinity);
     int best = first;
     for (int at = first; __any_sync(0xFFFFFFFFu, at <= last); at += kCandidates) {
       int magnitude = at + candidate < last ? at + candidate : last;
