@@ -387,3 +387,65 @@ def test_every_op_has_a_kernel(gpu: emulator.Emulated) -> None:
             torch.testing.assert_close(call(gpu, name, arguments, want), want, rtol=1e-12, atol=0)
         else:
             same_bits(call(gpu, name, arguments, want), want)
+
+
+# ---- what the bindings refuse ----------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument(gpu: emulator.Emulated) -> None:
+    w = torch.ones(2, 64)
+    weight = shapes.random_weight(0, 3, 64, 4, 32, 1)
+    prepacked = prepack(gpu, weight)
+    x = torch.ones(2, 64)
+    y = torch.empty(2, 3)
+    numbers = weight.numbers
+    cases: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
+        ("soft_threshold", (w.double(), 0.1), {"out": w}, "soft_threshold: w must have dtype float32 or float16"),
+        ("soft_threshold", (w, -1.0), {"out": w}, "soft_threshold: lam must be finite and >= 0, got -1"),
+        ("soft_threshold", (None, 1.0), {"out": w}, "soft_threshold: w must be a DLPack tensor, got None"),
+        ("soft_threshold", (w.T, 1.0), {"out": w}, "soft_threshold: w must be contiguous, got a strided view"),
+        ("soft_threshold", (w, 1.0), {"out": w[0]}, "soft_threshold: out must be [2, 64] (what the op returns), got"),
+        ("soft_threshold", (w, 1.0), {"out": w.half()}, "soft_threshold: out must have dtype float32, got float16"),
+        ("histogram", (w, 10, -1.0, 1.0), {"out": w}, "histogram: out must be 2 tensors, got 1"),
+        ("quantize_groups", (w, None, 9, 64), {"out": [w] * 5}, "quantize_groups: bits must lie in [2, 8], got 9"),
+        ("linear", (x, prepacked[1:], None, *numbers), {"out": y}, "linear: prepacked must be ["),
+        ("linear", (x[:, :32].contiguous(), prepacked, None, *numbers), {"out": y}, "linear: x must be [..., K] with"),
+        ("linear", (x, prepacked, x, *numbers), {"out": y}, "linear: bias must be [3] (N), got [2, 64]"),
+        ("linear", (x, prepacked, None, *numbers, "a4"), {"out": y}, "linear: activations must be f32, a16 or a8"),
+        ("linear", (x, prepacked, None, *numbers), {"out": y, "workspace": prepacked[:7]}, "linear: workspace must"),
+        ("unprepack", (prepacked, 3, 64, 4, 32, 17, 16, False, "e4m3"), {"out": [x] * 8}, "unprepack: c must lie in"),
+        ("fit_grid", (torch.ones(8, dtype=torch.int64), -1.0, 1.0, w), {"out": w}, "fit_grid: grid must have dtype"),
+    ]
+    for name, arguments, rest, message in cases:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            getattr(gpu.module, name)(*arguments, **rest)
+        assert str(caught.value).startswith(message), f"{name}: {caught.value}"
+
+
+def test_linear_config_covers_every_shape(gpu: emulator.Emulated) -> None:
+    """Launches fit the device, slices cover K, and a row of y does not depend on how many there are."""
+    for N in (1, 16, 17, 100, 4096, 14336, 128256):
+        for K in (1, 255, 257, 2048, 4096, 11008, 28672):
+            for bits, group_size, sms, shared_bytes in (
+                (4, 64, 132, 227 << 10),
+                (3, 32, 108, 163 << 10),
+                (4, 128, 84, 99 << 10),
+                (4, 16, 132, 227 << 10),
+            ):
+                panels = -(-K // 256)
+                alike = set()
+                for M in (1, 2, 5, 6, 8, 9, 16, 17, 64, 65, 4096):
+                    for float32 in (False, True):
+                        c = gpu.module.linear_config(N, K, bits, group_size, False, M, float32, sms, shared_bytes)
+                        assert c["shared_bytes"] <= shared_bytes and c["rows"] >= 1
+                        if c["kernel"] == "any":
+                            assert group_size % 32 or shared_bytes < 163 << 10
+                            continue
+                        assert (c["slices"] - 1) * c["panels"] < panels <= c["slices"] * c["panels"]
+                        assert c["slices"] <= 65535 and c["blocks"] >= 1
+                        if c["kernel"] == "small":
+                            assert c["rows"] * c["planes"] <= 8 * c["octets"] <= 16
+                            alike.add((c["slices"], c["panels"]))
+                        else:
+                            assert not float32 and c["tile_tokens"] in (64, 128)
+                assert len(alike) <= 1

@@ -5,6 +5,7 @@
 
 #include "bindings/cuda_ops.h"
 #include "bindings/python_array.h"
+#include "cuda/linear_config.h"
 
 namespace precal::bindings {
 namespace {
@@ -100,6 +101,31 @@ py::dict device_info() {
   return info;
 }
 
+py::dict linear_config(int64_t N, int64_t K, int64_t bits, int64_t group_size, bool split, int64_t M, bool float32,
+                       int multiprocessors, int64_t shared_bytes) {
+  format::WeightFormat f;
+  f.N = N;
+  f.K = K;
+  f.bits = int(bits);
+  f.group_size = group_size;
+  f.split = split;
+  const cuda::LinearConfig c = cuda::linear_config(f, M, float32, multiprocessors, shared_bytes);
+  py::dict found;
+  found["kernel"] = c.kernel == cuda::LinearKernel::kAny     ? "any"
+                    : c.kernel == cuda::LinearKernel::kSmall ? "small"
+                                                             : "large";
+  found["rows"] = c.rows;
+  found["planes"] = c.planes;
+  found["octets"] = c.octets;
+  found["slices"] = c.slices;
+  found["panels"] = c.panels;
+  found["blocks"] = c.blocks;
+  found["tile_tokens"] = c.tile_tokens;
+  found["shared_bytes"] = c.shared_bytes;
+  found["workspace_bytes"] = c.workspace_bytes;
+  return found;
+}
+
 }  // namespace
 }  // namespace precal::bindings
 
@@ -120,6 +146,10 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
       "tensor or tensors to write; `workspace`, scratch of the size that the error names, where an op needs any; and\n"
       "`stream`, a cudaStream_t as an integer, 0 for the default.";
   m.def("device_info", &device_info, "Runtime and driver version, number of devices seen.");
+
+  m.def("linear_config", &linear_config, py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"),
+        py::arg("split"), py::arg("M"), py::arg("float32"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+        "How linear would run such a weight on such a device (csrc/cuda/linear_config.h).");
 
   m.def(
       "soft_threshold",
