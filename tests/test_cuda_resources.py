@@ -31,12 +31,15 @@ class Kernel(NamedTuple):
 
 
 def short_name(mangled: str) -> str:
-    """The kernel's name and its template arguments, of an Itanium-mangled name in an anonymous namespace."""
-    match = re.search(r"\d+((?:[a-z]\w*?)_kernel)(I(?:\w+?)E)?E", mangled)
-    if match is None:
-        return mangled
-    arguments = re.findall(r"L(?:b|i|N\w*?E?)(\d+)E", match[2] or "")
-    return match[1] + (f"<{', '.join(arguments)}>" if arguments else "")
+    """The kernel's name and its template arguments, of an Itanium-mangled nested name."""
+    at, name = len("_ZN"), mangled
+    while (length := re.match(r"\d+", mangled[at:])) is not None:
+        at += len(length[0])
+        name = mangled[at : at + int(length[0])]
+        at += int(length[0])
+    arguments = re.match(r"I((?:L\w+?E)+)E", mangled[at:])
+    values = re.findall(r"(\d+)E", arguments[1]) if arguments else []
+    return name + (f"<{', '.join(values)}>" if values else "")
 
 
 def parse(text: str) -> list[Kernel]:
@@ -74,7 +77,7 @@ def test_no_kernel_spills(kernels: list[Kernel]) -> None:
 
 def test_the_parser_sees_a_spill() -> None:
     text = (
-        "ptxas info    : Compiling entry function '_ZN6precal4cuda48_GLOBAL__N__4b85_15_x_cu_c8c219"
+        "ptxas info    : Compiling entry function '_ZN6precal4cuda26_GLOBAL__N__4b85_15_x_cu_c819"
         "linear_small_kernelILi4ELb1ELi2EEEvNS1_11SmallParamsE' for 'sm_90a'\n"
         "ptxas info    : Function properties for _ZN6\n"
         "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"

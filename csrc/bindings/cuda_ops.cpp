@@ -118,7 +118,7 @@ Status Histogram::launch(const TensorView* out, void*, cudaStream_t stream) cons
   p.dtype = w.dtype;
   p.N = w.shape[0];
   p.K = w.shape[1];
-  p.group_size = group_size;
+  p.group_size = group_size < p.K ? group_size : p.K > 0 ? p.K : 1;
   p.groups = ceil_div(p.K, group_size);
   p.divisor = divisor.as<float>();
   p.weight = weight.as<int64_t>();

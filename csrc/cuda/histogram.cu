@@ -3,7 +3,8 @@
 //
 //   w, dtype [N, K]; divisor, weight [N, G] or nullptr; label [N, K] or nullptr
 //   counts [num_labels, num_bins], outside [3] = below, above, NaN; int64
-// Work    a grid-stride loop; a block counts in shared memory and adds it up at the end, or in global memory directly
+// Work    blocks take rows, in pieces; a block counts in shared memory and adds it up at the end, or in global memory
+// directly
 //         where the cells do not fit. Integers: any order gives the same counts.
 // Limits  a label that is not below num_labels counts nowhere (the CPU refuses it).
 #include "cuda/elements.cuh"
@@ -15,7 +16,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMostCells = 4096;   // of 8 bytes, in shared memory
-constexpr int kWeightsPerThread = 64;  // that pay for the clearing and adding of the cells
+constexpr int64_t kPiece = 4096;       // columns that a block counts before it looks for more
+constexpr int64_t kMostBlocks = 2048;  // each clears and adds up its cells
 
 using Count = unsigned long long;  // atomicAdd has no int64; the bits are the same
 
@@ -38,20 +40,27 @@ __global__ void __launch_bounds__(kThreads) histogram_kernel(HistogramParams p) 
     __syncthreads();
   }
   const double h = (p.hi - p.lo) / double(p.num_bins);
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < all; i += int64_t(gridDim.x) * kThreads) {
-    const int64_t group = i / p.K * p.groups + i % p.K / p.group_size;
-    const int64_t mass = p.weight != nullptr ? p.weight[group] : 1;
-    const int64_t label = p.label != nullptr ? p.label[i] : 0;
-    if (mass == 0 || label >= p.num_labels) continue;
-    const double x = double(load_element(p.w, p.dtype, i) / (p.divisor != nullptr ? p.divisor[group] : 1.0f));
-    if (x >= p.lo && x <= p.hi) {
-      atomicAdd(&counts[label * p.num_bins + find_bin(x, p.lo, h, p.num_bins)], Count(mass));
-    } else {
-      atomicAdd(reinterpret_cast<Count*>(p.outside) + (x < p.lo ? 0 : x > p.hi ? 1 : 2), Count(mass));
+  const int64_t pieces = ceil_div(p.K, kPiece);
+  const bool grouped = p.divisor != nullptr || p.weight != nullptr;
+  const uint32_t group_size = uint32_t(p.group_size);
+  for (int64_t item = blockIdx.x; item < p.N * pieces; item += gridDim.x) {
+    const int64_t n = item / pieces, begin = item % pieces * kPiece;
+    const int64_t end = begin + kPiece < p.K ? begin + kPiece : p.K;
+    for (int64_t k = begin + threadIdx.x; k < end; k += kThreads) {
+      const int64_t i = n * p.K + k, group = grouped ? n * p.groups + uint32_t(k) / group_size : 0;
+      const int64_t mass = p.weight != nullptr ? p.weight[group] : 1;
+      const int64_t label = p.label != nullptr ? p.label[i] : 0;
+      if (mass == 0 || label >= p.num_labels) continue;
+      const double x = double(load_element(p.w, p.dtype, i) / (p.divisor != nullptr ? p.divisor[group] : 1.0f));
+      if (x >= p.lo && x <= p.hi) {
+        atomicAdd(&counts[label * p.num_bins + find_bin(x, p.lo, h, p.num_bins)], Count(mass));
+      } else {
+        atomicAdd(reinterpret_cast<Count*>(p.outside) + (x < p.lo ? 0 : x > p.hi ? 1 : 2), Count(mass));
+      }
     }
   }
+  if (kShared) __syncthreads();
   if (!kShared) return;
-  __syncthreads();
   for (int64_t i = threadIdx.x; i < cells; i += kThreads) {
     if (local[i] != 0) atomicAdd(reinterpret_cast<Count*>(p.counts) + i, local[i]);
   }
@@ -65,7 +74,8 @@ Status launch_histogram(const HistogramParams& p, cudaStream_t stream) {
   PRECAL_RETURN_IF_ERROR(check_cuda(op, cudaMemsetAsync(p.counts, 0, size_t(cells * 8), stream)));
   PRECAL_RETURN_IF_ERROR(check_cuda(op, cudaMemsetAsync(p.outside, 0, 3 * 8, stream)));
   if (work == 0) return {};
-  const dim3 grid = blocks_for(ceil_div(work, kWeightsPerThread), kThreads);
+  const int64_t items = p.N * ceil_div(p.K, kPiece);
+  const dim3 grid(unsigned(items < kMostBlocks ? items : kMostBlocks));
   return cells <= kMostCells ? launch(op, &histogram_kernel<true>, grid, kThreads, cells * 8, stream, p)
                              : launch(op, &histogram_kernel<false>, grid, kThreads, 0, stream, p);
 }

@@ -113,12 +113,13 @@ struct Large {
   }
 
   // Scales of rows g and g + 8.
-  __device__ __forceinline__ void load_scales(int64_t k, float (&scale)[2]) const {
+  __device__ __forceinline__ void load_scales(int group, float (&scale)[2]) const {
     constexpr float kUnit = kHalf ? kHalfUnit : 1.0f;
-    const int64_t at = ((row_tile * a.groups + k / f.group_size) * 8 + g) * 2;
+    const int64_t at = ((row_tile * a.groups + group) * 8 + g) * 2;
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       scale[i] = 0.0f;
-      if (k >= f.K) continue;
+      if (group >= a.groups) continue;  // columns past K
       scale[i] = f.scale_type == format::ScaleType::kE4m3
                      ? small_e4m3((a.prepacked + a.layout.scale)[at + i]) * (kScaleUnit * kUnit)
                      : ptx::unpack_f16(reinterpret_cast<const uint16_t*>(a.prepacked + a.layout.scale)[at + i]) * kUnit;
@@ -154,35 +155,36 @@ struct Large {
   }
 
   // The lane that stored a column adds its outliers, so nobody has to wait.
-  __device__ __forceinline__ void add_outliers(int64_t k0, uint8_t* stage) const {
+  __device__ __forceinline__ void add_outliers(int k0, Cursor block, uint8_t* stage) const {
     const uint32_t* entries = reinterpret_cast<const uint32_t*>(a.prepacked + a.layout.outliers);
-    const int64_t segment = k0 / p.blocks.segment;
-    int64_t b = segment * p.blocks.blocks_per_segment + (k0 - segment * p.blocks.segment) / format::kBlock;
-    for (; b < p.blocks.num_blocks && format::block_begin(p.blocks, b) < k0 + kLargeColumns; ++b) {
-      const int64_t begin = format::block_begin(p.blocks, b), end = format::block_end(p.blocks, b);
+    for (;;) {
       for (int i = 0; i < f.c; ++i) {
-        const uint32_t both = entries[((row_tile * p.blocks.num_blocks + b) * f.c + i) * 8 + g];
+        const uint32_t both = entries[((row_tile * p.blocks.num_blocks + block.block) * f.c + i) * 8 + g];
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t e = (both >> (16 * half)) & 0xFFFFu;
-          const int64_t k = begin + int64_t(e & 0xFFu), column = k - k0;
-          if (e >> 8 == 0 || k >= end || column < 0 || column >= kLargeColumns) continue;
+          const int k = block.begin + int(e & 0xFFu), column = k - k0;
+          if (e >> 8 == 0 || k >= block.end || column < 0 || column >= kLargeColumns) continue;
           if ((a.layout.run == 16 ? column / 16 : column % 32 / 8) != t) continue;
           uint16_t* h =
-              reinterpret_cast<uint16_t*>(stage + swizzled(warp * 16 + g + 8 * half, int(column) / 8)) + column % 8;
+              reinterpret_cast<uint16_t*>(stage + swizzled(warp * 16 + g + 8 * half, column / 8)) + column % 8;
           const float value = small_e4m3(e >> 8) * (kScaleUnit * format::kOutlierUnit * (kHalf ? kHalfUnit : 1.0f));
           *h = uint16_t(pack(to_float(*h) + value, 0.0f));
         }
       }
+      if (block.end >= k0 + kLargeColumns || block.end >= f.K) return;
+      block.next_block(int(p.blocks.segment));
     }
   }
 
-  __device__ __forceinline__ void dequantize(int64_t step, const Codes& codes, uint32_t* before) const {
+  // The codes of step `step` at `at`, which goes on to the next step.
+  __device__ __forceinline__ void dequantize(int64_t step, const Codes& codes, Cursor* at, uint32_t* before) const {
     if (row_tile >= a.layout.row_tiles) return;
     uint8_t* stage = tile_w + step % 2 * (kLargeRows * kRowBytes);
-    const int64_t k0 = (first_chunk + step) * kLargeColumns;
-    const uint32_t restarts = chunk_restarts(p.blocks, k0, f.K), end = last_low_bits<8>(codes.words);
+    const int k0 = int(first_chunk + step) * kLargeColumns, size = int(f.group_size);
+    const uint32_t restarts = at->restarts(k0, int(f.K)), end = last_low_bits<8>(codes.words);
     float scale[2];
-    load_scales(k0, scale);
+    load_scales(at->group, scale);
     uint32_t first, second;
     if (a.layout.run == 16) {
       first = history_of_run(end, *before, (t == 0 && (restarts & 1u)) || (t == 2 && (restarts & 2u)));
@@ -194,10 +196,15 @@ struct Large {
     }
     store_run<0, 0>(codes, first, scale[0], stage);
     store_run<0, 1>(codes, first, scale[1], stage);
-    if (a.layout.run == 8) load_scales(k0 + 32, scale);
+    at->next_columns(a.layout.run == 16 ? kLargeColumns : 32, size);
+    if (a.layout.run == 8) {
+      load_scales(at->group, scale);
+      at->next_columns(32, size);
+    }
     store_run<1, 0>(codes, second, scale[0], stage);
     store_run<1, 1>(codes, second, scale[1], stage);
-    if (f.c > 0) add_outliers(k0, stage);
+    if (f.c > 0) add_outliers(k0, *at, stage);
+    while (at->end <= k0 + kLargeColumns && at->end < f.K) at->next_block(int(p.blocks.segment));
     *before = end;
   }
 
@@ -246,13 +253,15 @@ struct Large {
   __device__ __forceinline__ void run(float (&sums)[kTilesN][kOctets][4]) const {
     const bool vectors = f.K % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
     uint32_t before = bits_before();
+    Cursor at;
+    at.place(f, p.blocks, int(first_chunk) * kLargeColumns);
     Codes next = {};
     load_codes(first_chunk, &next);
     for (int step = 0; step < 2; ++step) {
       if (step < num_chunks) fetch_x(step, vectors);
       ptx::cp_async_commit();
     }
-    dequantize(0, next, &before);
+    dequantize(0, next, &at, &before);
     if (num_chunks > 1) load_codes(first_chunk + 1, &next);
     for (int64_t step = 0; step < num_chunks; ++step) {
       ptx::cp_async_wait<1>();
@@ -261,7 +270,7 @@ struct Large {
       ptx::cp_async_commit();
       const Codes codes = next;
       if (step + 2 < num_chunks) load_codes(first_chunk + step + 2, &next);
-      if (step + 1 < num_chunks) dequantize(step + 1, codes, &before);
+      if (step + 1 < num_chunks) dequantize(step + 1, codes, &at, &before);
       multiply(step, sums);
     }
     ptx::cp_async_wait<0>();

@@ -39,6 +39,7 @@ struct Panel {
   uint4 codes[kBits];
   uint32_t scales[8];  // of rows g and g + 8, per half chunk
   uint32_t outlier;    // the first entry of the block at the panel's begin: both rows
+  Cursor at;           // where the panel begins
 };
 
 struct Lane {
@@ -55,6 +56,7 @@ struct Small {
   uint4* x;            // [panels][4 chunks][2 halves][kOctets][32]
   uint32_t* restarts;  // [panels][4]
   int64_t first_panel, num_panels;
+  Cursor start;  // of the slice
 
   __device__ __forceinline__ Small(const SmallParams& params, uint8_t* shared)
       : p(params), a(params.linear), f(params.linear.format) {
@@ -67,6 +69,8 @@ struct Small {
     first_panel = int64_t(blockIdx.y) * p.config.panels;
     num_panels = a.layout.panels - first_panel;
     if (num_panels > p.config.panels) num_panels = p.config.panels;
+    start = {};
+    if (num_panels > 0) start.place(f, p.blocks, int(first_panel * 256));
   }
 
   // ---- x -----------------------------------------------------------------------------------------------------------
@@ -109,10 +113,10 @@ struct Small {
   }
 
   // x of mma column `column` at column k of this slice.
-  __device__ __forceinline__ float staged_x(int64_t column, int k) const {
+  __device__ __forceinline__ float staged_x(int column, int k) const {
     const int c = k % 64;
     const int t = a.layout.run == 16 ? c / 16 : c % 32 / 8, i = a.layout.run == 16 ? c % 16 : c / 32 * 8 + c % 8;
-    const int64_t unit = ((int64_t(k / 64) * 2 + i / 8) * kOctets + column / 8) * 32 + column % 8 * 4 + t;
+    const int unit = ((k / 64 * 2 + i / 8) * kOctets + column / 8) * 32 + column % 8 * 4 + t;
     const uint16_t h = reinterpret_cast<const uint16_t*>(x + unit)[i % 8];
     return kHalf ? ptx::unpack_f16(h) : bf16_to_float(h);
   }
@@ -123,9 +127,9 @@ struct Small {
            (tile * a.layout.panels + panel) * kBits * 128;
   }
 
-  __device__ __forceinline__ uint32_t load_scales(int64_t tile, int64_t k) const {
-    if (k >= f.K) return 0;
-    const int64_t pair = (tile * p.linear.groups + k / f.group_size) * 8 + l.g;
+  __device__ __forceinline__ uint32_t load_scales(int64_t tile, int group) const {
+    if (group >= a.groups) return 0;  // columns past K
+    const int64_t pair = (tile * a.groups + group) * 8 + l.g;
     return f.scale_type == format::ScaleType::kE4m3
                ? reinterpret_cast<const uint16_t*>(a.prepacked + a.layout.scale)[pair]
                : reinterpret_cast<const uint32_t*>(a.prepacked + a.layout.scale)[pair];
@@ -136,20 +140,23 @@ struct Small {
     return entries[((tile * p.blocks.num_blocks + block) * f.c + i) * 8 + l.g];
   }
 
-  __device__ __forceinline__ int64_t block_at(int64_t k) const {
-    const int64_t segment = k / p.blocks.segment;
-    return segment * p.blocks.blocks_per_segment + (k - segment * p.blocks.segment) / format::kBlock;
-  }
-
-  __device__ __forceinline__ void load_panel(int64_t tile, int64_t panel, Panel<kBits>* out) const {
+  // Panel `panel` at `ahead`, which goes on to the next one.
+  __device__ __forceinline__ void load_panel(int64_t tile, int64_t panel, Cursor* ahead, Panel<kBits>* out) const {
     const uint4* codes = reinterpret_cast<const uint4*>(panel_codes(tile, panel)) + l.lane;
 #pragma unroll
     for (int i = 0; i < kBits; ++i) out->codes[i] = ptx::load_once(codes + i * 32);
+    const int size = int(f.group_size);
+    out->at = *ahead;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (i % 2 == 0 || a.layout.run == 8) out->scales[i] = load_scales(tile, panel * 256 + i * 32);
+      if (a.layout.run == 16 && i % 2 == 1) continue;
+      out->scales[i] = load_scales(tile, ahead->group);
+      ahead->next_columns(a.layout.run == 16 ? 64 : 32, size);
     }
-    if (f.c > 0) out->outlier = load_outlier(tile, block_at(panel * 256), 0);
+    if (f.c > 0) {
+      out->outlier = load_outlier(tile, ahead->block, 0);
+      while (ahead->end <= int(panel + 1) * 256 && ahead->end < f.K) ahead->next_block(int(p.blocks.segment));
+    }
   }
 
   // ---- sums --------------------------------------------------------------------------------------------------------
@@ -205,31 +212,35 @@ struct Small {
     }
   }
 
-  __device__ __forceinline__ void add_outlier(uint32_t entry, int64_t block, int64_t panel,
+  __device__ __forceinline__ void add_outlier(uint32_t entry, const Cursor& block, int panel_begin,
                                               float (&total)[kOctets][4]) const {
-    const int64_t begin = format::block_begin(p.blocks, block), end = format::block_end(p.blocks, block);
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t e = (entry >> (16 * half)) & 0xFFFFu;
-      const int64_t k = begin + int64_t(e & 0xFFu);
-      if (e >> 8 == 0 || k >= end || k / 256 != panel) continue;
+      const int k = block.begin + int(e & 0xFFu);
+      if (e >> 8 == 0 || k >= block.end || k < panel_begin || k >= panel_begin + 256) continue;
       const float value = format::kOutlierUnit * small_e4m3(e >> 8);
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& sum = half == 0 ? total[o][i] : total[o][2 + i];
-          sum = fmaf(value, staged_x(o * 8 + 2 * l.t + i, int(k - first_panel * 256)), sum);
+          sum = fmaf(value, staged_x(o * 8 + 2 * l.t + i, k - int(first_panel) * 256), sum);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void add_outliers(int64_t tile, int64_t panel, uint32_t first,
+  // Of all blocks that have columns in the panel; mostly one.
+  __device__ __forceinline__ void add_outliers(int64_t tile, int panel_begin, const Panel<kBits>& panel,
                                                float (&total)[kOctets][4]) const {
-    const int64_t from = block_at(panel * 256);
-    for (int64_t b = from; b < p.blocks.num_blocks && format::block_begin(p.blocks, b) < (panel + 1) * 256; ++b) {
-      for (int i = 0; i < f.c; ++i) {
-        add_outlier(b == from && i == 0 ? first : load_outlier(tile, b, i), b, panel, total);
-      }
+    Cursor block = panel.at;
+    for (int i = 0; i < f.c; ++i) {
+      add_outlier(i == 0 ? panel.outlier : load_outlier(tile, block.block, i), block, panel_begin, total);
+    }
+    while (block.end < panel_begin + 256 && block.end < f.K) {
+      block.next_block(int(p.blocks.segment));
+      for (int i = 0; i < f.c; ++i) add_outlier(load_outlier(tile, block.block, i), block, panel_begin, total);
     }
   }
 
@@ -281,16 +292,17 @@ struct Small {
     if (num_panels == 0) return;
     __syncwarp();
     uint32_t before = bits_before(tile);
+    Cursor ahead = start;
     Panel<kBits> next;
-    load_panel(tile, first_panel, &next);
+    load_panel(tile, first_panel, &ahead, &next);
     for (int64_t at = 0; at < num_panels; ++at) {
       const Panel<kBits> panel = next;
-      if (at + 1 < num_panels) load_panel(tile, first_panel + at + 1, &next);
+      if (at + 1 < num_panels) load_panel(tile, first_panel + at + 1, &ahead, &next);
       run_chunk<0>(panel, at, &before, sums, total);
       run_chunk<1>(panel, at, &before, sums, total);
       run_chunk<2>(panel, at, &before, sums, total);
       run_chunk<3>(panel, at, &before, sums, total);
-      if (f.c > 0) add_outliers(tile, first_panel + at, panel.outlier, total);
+      if (f.c > 0) add_outliers(tile, int(first_panel + at) * 256, panel, total);
     }
   }
 

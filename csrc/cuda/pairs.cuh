@@ -91,6 +91,42 @@ __device__ __forceinline__ uint32_t chunk_restarts(const format::OutlierBlocks& 
   return restarts;
 }
 
+// Group and block of a column, carried along: a division by a run-time number costs as much as a dozen weights.
+struct Cursor {
+  int group, left;                     // columns of the group from here on
+  int block, begin, end, segment_end;  // of outliers and of the trellis
+
+  __device__ __forceinline__ void place(const format::WeightFormat& f, const format::OutlierBlocks& blocks, int k) {
+    const int size = int(f.group_size), segment = int(blocks.segment), in_segment = k / segment;
+    group = k / size;
+    left = size - k % size;
+    segment_end = (in_segment + 1) * segment;
+    block = in_segment * int(blocks.blocks_per_segment) + (k - in_segment * segment) / int(format::kBlock);
+    begin = in_segment * segment + (k - in_segment * segment) / int(format::kBlock) * int(format::kBlock);
+    end = begin + int(format::kBlock) < segment_end ? begin + int(format::kBlock) : segment_end;
+  }
+
+  // By `columns` that a group is a multiple of.
+  __device__ __forceinline__ void next_columns(int columns, int group_size) {
+    left -= columns;
+    if (left > 0) return;
+    ++group;
+    left = group_size;
+  }
+
+  __device__ __forceinline__ void next_block(int segment) {
+    ++block;
+    begin = end;
+    if (begin == segment_end) segment_end += segment;
+    end = begin + int(format::kBlock) < segment_end ? begin + int(format::kBlock) : segment_end;
+  }
+
+  // As chunk_restarts, of the chunk at `column`, which lies in this block.
+  __device__ __forceinline__ uint32_t restarts(int column, int K) const {
+    return (begin == column ? 1u : 0u) | (end == column + 32 && end < K ? 2u : 0u);
+  }
+};
+
 // e4m3 as a 256th of its value, exactly: the same bits, two places further left, are a float16 of that size.
 constexpr float kScaleUnit = 256.0f;
 __device__ __forceinline__ float small_e4m3(uint32_t code) {

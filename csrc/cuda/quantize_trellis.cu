@@ -155,8 +155,14 @@ __global__ void __launch_bounds__(kThreads) trace_kernel(QuantizeKernelParams p)
     const float row_scale = bf16_to_float(q.row_scale[n]);
     uint8_t* codes = q.codes + n * q.format.K;
     uint32_t state = p.scratch.end_state[i];
+    int64_t group = (end - 1) / p.group_size, group_begin = group * p.group_size;
+    const uint8_t* scales = static_cast<const uint8_t*>(q.scale) + n * p.groups;
+    float scale = format::e4m3_to_float(scales[group]);
     for (int64_t k = end - 1; k >= begin; --k) {
-      const float scale = format::e4m3_to_float(static_cast<const uint8_t*>(q.scale)[n * p.groups + k / p.group_size]);
+      if (k < group_begin) {
+        scale = format::e4m3_to_float(scales[--group]);
+        group_begin -= p.group_size;
+      }
       const float x = scaled_weight(p, n, k, row_scale) * inverse_of(scale);
       const uint32_t bit = state & 1u;
       uint32_t previous = 0, before = 0;  // b_{k-1}, b_{k-2}
