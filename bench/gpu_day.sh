@@ -8,16 +8,16 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 parts=${*:-build instructions test sanitize bench}
 failed=
+mkdir -p build
 
 for part in $parts; do
   echo "== $part"
   case $part in
     build)
-      PRECAL_CUDA=1 "$PYTHON" setup.py build_ext --inplace > build-gpu.log 2>&1 || { tail -40 build-gpu.log; exit 1; }
+      PRECAL_CUDA=1 "$PYTHON" setup.py build_ext --inplace > build/gpu-build.log 2>&1 || { tail -40 build/gpu-build.log; exit 1; }
       "$PYTHON" -c "import precal_ext; print(precal_ext._C.build_info())"
       ;;
     instructions)  # every function of csrc/cuda/ptx.cuh against what tests/cuda_on_cpu/ptx_host.h says
-      mkdir -p build
       nvcc -x cu -std=c++17 -arch=native -diag-suppress 177 -I csrc tests/cuda_on_cpu/selftest.cpp -o build/selftest_gpu
       for case in $(build/selftest_gpu || true); do
         echo "$case: $(build/selftest_gpu "$case" 0)" || failed="$failed $part"

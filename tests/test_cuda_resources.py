@@ -77,7 +77,7 @@ def test_no_kernel_spills(kernels: list[Kernel]) -> None:
 
 def test_the_parser_sees_a_spill() -> None:
     text = (
-        "ptxas info    : Compiling entry function '_ZN6precal4cuda26_GLOBAL__N__4b85_15_x_cu_c819"
+        "ptxas info    : Compiling entry function '_ZN6precal4cuda27_GLOBAL__N__4b85_15_x_cu_c819"
         "linear_small_kernelILi4ELb1ELi2EEEvNS1_11SmallParamsE' for 'sm_90a'\n"
         "ptxas info    : Function properties for _ZN6\n"
         "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"

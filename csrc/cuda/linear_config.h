@@ -25,8 +25,9 @@ struct LinearConfig {
   int64_t workspace_bytes = 0;
 };
 
-constexpr int kSmallWarps =
-    16;  // one block a multiprocessor: the table below is large, and 16 warps keep 32 KB in flight
+// A multiprocessor has one block, its table being large: 12 warps leave 170 registers a thread, and keep 24 KB in
+// flight.
+constexpr int kSmallWarps = 12;
 constexpr int kTableCopies = 32;       // one a lane: a lookup has no bank conflict
 constexpr int64_t kSmallColumns = 16;  // of mma
 constexpr int64_t kCountersAlign = 256;

@@ -138,7 +138,7 @@ struct Large {
     uint32_t v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = table[windows[i] * kLargeCopies + uint32_t(lane) % kLargeCopies];
+      const uint32_t pair = look_up(table, windows[i], uint32_t(lane) % kLargeCopies);
       v[i] = pack(scale * to_float(pair & 0xFFFFu), scale * to_float(pair >> 16));
     }
     return make_uint4(v[0], v[1], v[2], v[3]);
@@ -146,10 +146,18 @@ struct Large {
 
   template <int kHalfChunk, int kRow>
   __device__ __forceinline__ void store_run(const Codes& codes, uint32_t history, float scale, uint8_t* stage) const {
-    constexpr int kFirst = 4 * kHalfChunk;
-    const uint32_t windows[4] = {first_window<kFirst, kRow>(codes.words, history, a.layout.run == 8),
-                                 window_of<kFirst + 1, kRow>(codes.words), window_of<kFirst + 2, kRow>(codes.words),
-                                 window_of<kFirst + 3, kRow>(codes.words)};
+    constexpr int kFirst = 4 * kHalfChunk, kAt = 5;  // 8 copies of 4 bytes
+    static_assert(4 * kLargeCopies == 1 << kAt, "an offset in the table");
+    uint32_t first;
+    if constexpr (kHalfChunk == 0) {
+      first = window_of<0, kRow, kAt, true>(codes.words, history);
+    } else {
+      first = a.layout.run == 8 ? window_of<kFirst, kRow, kAt, true>(codes.words, history)
+                                : window_of<kFirst, kRow, kAt, false>(codes.words, 0);
+    }
+    const uint32_t windows[4] = {first, window_of<kFirst + 1, kRow, kAt, false>(codes.words, 0),
+                                 window_of<kFirst + 2, kRow, kAt, false>(codes.words, 0),
+                                 window_of<kFirst + 3, kRow, kAt, false>(codes.words, 0)};
     const int unit = format::chunk_column(a.layout.run, t, 8 * kHalfChunk) / 8;
     *reinterpret_cast<uint4*>(stage + swizzled(warp * 16 + g + 8 * kRow, unit)) = scaled(windows, scale);
   }
@@ -204,7 +212,7 @@ struct Large {
     store_run<1, 0>(codes, second, scale[0], stage);
     store_run<1, 1>(codes, second, scale[1], stage);
     if (f.c > 0) add_outliers(k0, *at, stage);
-    while (at->end <= k0 + kLargeColumns && at->end < f.K) at->next_block(int(p.blocks.segment));
+    at->go_to(k0 + kLargeColumns, int(p.blocks.segment), int(f.K));
     *before = end;
   }
 

@@ -25,8 +25,6 @@ namespace precal::cuda {
 
 namespace {
 
-constexpr int kThreads = kSmallWarps * 32;
-
 struct SmallParams {
   LinearParams linear;
   LinearConfig config;
@@ -39,15 +37,17 @@ struct Panel {
   uint4 codes[kBits];
   uint32_t scales[8];  // of rows g and g + 8, per half chunk
   uint32_t outlier;    // the first entry of the block at the panel's begin: both rows
-  Cursor at;           // where the panel begins
 };
 
 struct Lane {
   int lane, g, t;
 };
 
-template <int kBits, bool kHalf, int kOctets>
+template <int kBits, bool kHalf, int kOctets, int kRun>
 struct Small {
+  // Two octets and twice as many scales need more registers than twelve warps leave: they would spill.
+  static constexpr int kWarps = kOctets == 2 && kRun == 8 ? 8 : kSmallWarps, kThreads = kWarps * 32;
+
   const SmallParams& p;
   const LinearParams& a;
   const format::WeightFormat& f;
@@ -55,7 +55,7 @@ struct Small {
   uint32_t* table;     // [windows][32]
   uint4* x;            // [panels][4 chunks][2 halves][kOctets][32]
   uint32_t* restarts;  // [panels][4]
-  int64_t first_panel, num_panels;
+  int first_panel, num_panels;
   Cursor start;  // of the slice
 
   __device__ __forceinline__ Small(const SmallParams& params, uint8_t* shared)
@@ -66,11 +66,11 @@ struct Small {
     table = reinterpret_cast<uint32_t*>(shared);
     x = reinterpret_cast<uint4*>(shared + table_bytes(kBits));
     restarts = reinterpret_cast<uint32_t*>(x + p.config.panels * 256 * kOctets);
-    first_panel = int64_t(blockIdx.y) * p.config.panels;
-    num_panels = a.layout.panels - first_panel;
-    if (num_panels > p.config.panels) num_panels = p.config.panels;
+    first_panel = int(blockIdx.y * p.config.panels);
+    num_panels = int(a.layout.panels) - first_panel;
+    if (num_panels > p.config.panels) num_panels = int(p.config.panels);
     start = {};
-    if (num_panels > 0) start.place(f, p.blocks, int(first_panel * 256));
+    if (num_panels > 0) start.place(f, p.blocks, first_panel * 256);
   }
 
   // ---- x -----------------------------------------------------------------------------------------------------------
@@ -88,11 +88,10 @@ struct Small {
 
   __device__ __forceinline__ void stage_x() const {
     const bool vectors = a.x_dtype != DType::kFloat32 && f.K % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-    for (int64_t i = threadIdx.x; i < num_panels * 256 * kOctets; i += kThreads) {
-      const int lane = int(i % 32);
-      const int64_t octet = i / 32 % kOctets, half = i / (32 * kOctets) % 2, chunk = i / (64 * kOctets);
+    for (int i = int(threadIdx.x); i < num_panels * 256 * kOctets; i += kThreads) {
+      const int lane = i % 32, octet = i / 32 % kOctets, half = i / (32 * kOctets) % 2, chunk = i / (64 * kOctets);
       const int64_t column = octet * 8 + lane / 4;
-      const int64_t k = first_panel * 256 + chunk * 64 + format::chunk_column(a.layout.run, lane % 4, int(half) * 8);
+      const int64_t k = first_panel * 256 + chunk * 64 + format::chunk_column(kRun, lane % 4, half * 8);
       uint4 v = make_uint4(0, 0, 0, 0);
       if (vectors) {
         if (column < a.M && k < f.K) {
@@ -107,7 +106,7 @@ struct Small {
       }
       x[i] = v;
     }
-    for (int64_t i = threadIdx.x; i < num_panels * 4; i += kThreads) {
+    for (int i = int(threadIdx.x); i < num_panels * 4; i += kThreads) {
       restarts[i] = chunk_restarts(p.blocks, first_panel * 256 + i * 64, f.K);
     }
   }
@@ -115,7 +114,7 @@ struct Small {
   // x of mma column `column` at column k of this slice.
   __device__ __forceinline__ float staged_x(int column, int k) const {
     const int c = k % 64;
-    const int t = a.layout.run == 16 ? c / 16 : c % 32 / 8, i = a.layout.run == 16 ? c % 16 : c / 32 * 8 + c % 8;
+    const int t = kRun == 16 ? c / 16 : c % 32 / 8, i = kRun == 16 ? c % 16 : c / 32 * 8 + c % 8;
     const int unit = ((k / 64 * 2 + i / 8) * kOctets + column / 8) * 32 + column % 8 * 4 + t;
     const uint16_t h = reinterpret_cast<const uint16_t*>(x + unit)[i % 8];
     return kHalf ? ptx::unpack_f16(h) : bf16_to_float(h);
@@ -140,44 +139,40 @@ struct Small {
     return entries[((tile * p.blocks.num_blocks + block) * f.c + i) * 8 + l.g];
   }
 
-  // Panel `panel` at `ahead`, which goes on to the next one.
-  __device__ __forceinline__ void load_panel(int64_t tile, int64_t panel, Cursor* ahead, Panel<kBits>* out) const {
-    const uint4* codes = reinterpret_cast<const uint4*>(panel_codes(tile, panel)) + l.lane;
+  // The panel at `codes` and `ahead`, which go on to the next one, of column `next_column`.
+  __device__ __forceinline__ void load_panel(int64_t tile, int next_column, const uint4** codes, Cursor* ahead,
+                                             Panel<kBits>* out) const {
 #pragma unroll
-    for (int i = 0; i < kBits; ++i) out->codes[i] = ptx::load_once(codes + i * 32);
-    const int size = int(f.group_size);
-    out->at = *ahead;
+    for (int i = 0; i < kBits; ++i) out->codes[i] = ptx::load_once(*codes + i * 32);
+    *codes += kBits * 32;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (a.layout.run == 16 && i % 2 == 1) continue;
+      if (kRun == 16 && i % 2 == 1) continue;
       out->scales[i] = load_scales(tile, ahead->group);
-      ahead->next_columns(a.layout.run == 16 ? 64 : 32, size);
+      ahead->next_columns(kRun == 16 ? 64 : 32, int(f.group_size));
     }
-    if (f.c > 0) {
-      out->outlier = load_outlier(tile, ahead->block, 0);
-      while (ahead->end <= int(panel + 1) * 256 && ahead->end < f.K) ahead->next_block(int(p.blocks.segment));
-    }
+    if (f.c == 0) return;
+    out->outlier = load_outlier(tile, ahead->block, 0);
+    ahead->go_to(next_column, int(p.blocks.segment), int(f.K));
   }
 
   // ---- sums --------------------------------------------------------------------------------------------------------
   template <int kHalfChunk>
   __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], uint32_t history, const uint4* fragments,
                                            float (&sums)[kOctets][4]) const {
-    constexpr int kFirst = 4 * kHalfChunk;
-    uint32_t w[4][2];
-    w[0][0] = first_window<kFirst, 0>(words, history, a.layout.run == 8);
-    w[0][1] = first_window<kFirst, 1>(words, history, a.layout.run == 8);
-    w[1][0] = window_of<kFirst + 1, 0>(words);
-    w[1][1] = window_of<kFirst + 1, 1>(words);
-    w[2][0] = window_of<kFirst + 2, 0>(words);
-    w[2][1] = window_of<kFirst + 2, 1>(words);
-    w[3][0] = window_of<kFirst + 3, 0>(words);
-    w[3][1] = window_of<kFirst + 3, 1>(words);
-    const uint32_t* mine = table + l.lane;
+    constexpr int kFirst = 4 * kHalfChunk, kAt = 7;  // 32 copies of 4 bytes
+    constexpr bool kBegins = kHalfChunk == 0 || kRun == 8;
+    const uint32_t windows[4][2] = {
+        {window_of<kFirst, 0, kAt, kBegins>(words, history), window_of<kFirst, 1, kAt, kBegins>(words, history)},
+        {window_of<kFirst + 1, 0, kAt, false>(words, 0), window_of<kFirst + 1, 1, kAt, false>(words, 0)},
+        {window_of<kFirst + 2, 0, kAt, false>(words, 0), window_of<kFirst + 2, 1, kAt, false>(words, 0)},
+        {window_of<kFirst + 3, 0, kAt, false>(words, 0), window_of<kFirst + 3, 1, kAt, false>(words, 0)}};
+    const uint32_t lane = uint32_t(l.lane);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const uint32_t rows[4] = {mine[w[2 * s][0] * 32], mine[w[2 * s][1] * 32], mine[w[2 * s + 1][0] * 32],
-                                mine[w[2 * s + 1][1] * 32]};
+      const uint32_t rows[4] = {look_up(table, windows[2 * s][0], lane), look_up(table, windows[2 * s][1], lane),
+                                look_up(table, windows[2 * s + 1][0], lane),
+                                look_up(table, windows[2 * s + 1][1], lane)};
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         const uint4 v = fragments[o * 32 + l.lane];
@@ -225,27 +220,26 @@ struct Small {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& sum = half == 0 ? total[o][i] : total[o][2 + i];
-          sum = fmaf(value, staged_x(o * 8 + 2 * l.t + i, k - int(first_panel) * 256), sum);
+          sum = fmaf(value, staged_x(o * 8 + 2 * l.t + i, k - first_panel * 256), sum);
         }
       }
     }
   }
 
   // Of all blocks that have columns in the panel; mostly one.
-  __device__ __forceinline__ void add_outliers(int64_t tile, int panel_begin, const Panel<kBits>& panel,
+  __device__ __forceinline__ void add_outliers(int64_t tile, int panel_begin, uint32_t first, Cursor* here,
                                                float (&total)[kOctets][4]) const {
-    Cursor block = panel.at;
-    for (int i = 0; i < f.c; ++i) {
-      add_outlier(i == 0 ? panel.outlier : load_outlier(tile, block.block, i), block, panel_begin, total);
+    add_outlier(first, *here, panel_begin, total);
+    for (int i = 1; i < f.c; ++i) add_outlier(load_outlier(tile, here->block, i), *here, panel_begin, total);
+    while (here->end < panel_begin + 256 && here->end < f.K) {
+      here->next_block(int(p.blocks.segment));
+      for (int i = 0; i < f.c; ++i) add_outlier(load_outlier(tile, here->block, i), *here, panel_begin, total);
     }
-    while (block.end < panel_begin + 256 && block.end < f.K) {
-      block.next_block(int(p.blocks.segment));
-      for (int i = 0; i < f.c; ++i) add_outlier(load_outlier(tile, block.block, i), block, panel_begin, total);
-    }
+    here->go_to(panel_begin + 256, int(p.blocks.segment), int(f.K));
   }
 
   template <int kChunk>
-  __device__ __forceinline__ void run_chunk(const Panel<kBits>& panel, int64_t at, uint32_t* before,
+  __device__ __forceinline__ void run_chunk(const Panel<kBits>& panel, int at, uint32_t* before,
                                             float (&sums)[kOctets][4], float (&total)[kOctets][4]) const {
     uint32_t words[kBits];
 #pragma unroll
@@ -256,7 +250,7 @@ struct Small {
     }
     const uint4* fragments = x + (at * 4 + kChunk) * 2 * kOctets * 32;
     const uint32_t restart = restarts[at * 4 + kChunk], end = last_low_bits<8>(words);
-    if (a.layout.run == 16) {
+    if constexpr (kRun == 16) {
       const bool begins = (l.t == 0 && (restart & 1u)) || (l.t == 2 && (restart & 2u));
       const uint32_t history = history_of_run(end, *before, begins);
       multiply<0>(words, history, fragments, sums);
@@ -292,17 +286,19 @@ struct Small {
     if (num_panels == 0) return;
     __syncwarp();
     uint32_t before = bits_before(tile);
-    Cursor ahead = start;
+    const uint4* codes = reinterpret_cast<const uint4*>(panel_codes(tile, first_panel)) + l.lane;
+    Cursor here = start, ahead = start;
     Panel<kBits> next;
-    load_panel(tile, first_panel, &ahead, &next);
-    for (int64_t at = 0; at < num_panels; ++at) {
+    int column = first_panel * 256;
+    load_panel(tile, column + 256, &codes, &ahead, &next);
+    for (int at = 0; at < num_panels; ++at, column += 256) {
       const Panel<kBits> panel = next;
-      if (at + 1 < num_panels) load_panel(tile, first_panel + at + 1, &ahead, &next);
+      if (at + 1 < num_panels) load_panel(tile, column + 512, &codes, &ahead, &next);
       run_chunk<0>(panel, at, &before, sums, total);
       run_chunk<1>(panel, at, &before, sums, total);
       run_chunk<2>(panel, at, &before, sums, total);
       run_chunk<3>(panel, at, &before, sums, total);
-      if (f.c > 0) add_outliers(tile, int(first_panel + at) * 256, panel, total);
+      if (f.c > 0) add_outliers(tile, column, panel.outlier, &here, total);
     }
   }
 
@@ -355,14 +351,15 @@ struct Small {
   }
 };
 
-template <int kBits, bool kHalf, int kOctets>
-__global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(SmallParams p) {
-  const Small<kBits, kHalf, kOctets> s(p, dynamic_shared<uint8_t>());
-  build_table<kBits, kHalf, kTableCopies>(s.table, p.linear.prepacked, p.linear.format.grid_size, kThreads);
+template <int kBits, bool kHalf, int kOctets, int kRun>
+__global__ void __launch_bounds__(Small<kBits, kHalf, kOctets, kRun>::kThreads, 1) linear_small_kernel(SmallParams p) {
+  using Kernel = Small<kBits, kHalf, kOctets, kRun>;
+  const Kernel s(p, dynamic_shared<uint8_t>());
+  build_table<kBits, kHalf, kTableCopies>(s.table, p.linear.prepacked, p.linear.format.grid_size, Kernel::kThreads);
   s.stage_x();
   __syncthreads();
-  const int64_t warps = int64_t(gridDim.x) * kSmallWarps;
-  for (int64_t tile = int64_t(blockIdx.x) * kSmallWarps + threadIdx.x / 32; tile < p.linear.layout.row_tiles;
+  const int64_t warps = int64_t(gridDim.x) * Kernel::kWarps;
+  for (int64_t tile = int64_t(blockIdx.x) * Kernel::kWarps + threadIdx.x / 32; tile < p.linear.layout.row_tiles;
        tile += warps) {
     float total[kOctets][4];
     s.multiply_tile(tile, total);
@@ -370,13 +367,20 @@ __global__ void __launch_bounds__(kThreads, 1) linear_small_kernel(SmallParams p
   }
 }
 
-template <int kBits, bool kHalf>
-Status launch_octets(const SmallParams& p, cudaStream_t stream) {
+template <int kBits, bool kHalf, int kOctets, int kRun>
+Status launch_run(const SmallParams& p, cudaStream_t stream) {
   const dim3 grid(unsigned(p.config.blocks), unsigned(p.config.slices));
-  return p.config.octets == 1
-             ? launch("linear", &linear_small_kernel<kBits, kHalf, 1>, grid, kThreads, p.config.shared_bytes, stream, p)
-             : launch("linear", &linear_small_kernel<kBits, kHalf, 2>, grid, kThreads, p.config.shared_bytes, stream,
-                      p);
+  return launch("linear", &linear_small_kernel<kBits, kHalf, kOctets, kRun>, grid,
+                Small<kBits, kHalf, kOctets, kRun>::kThreads, p.config.shared_bytes, stream, p);
+}
+
+template <int kBits, bool kHalf>
+Status launch_type(const SmallParams& p, cudaStream_t stream) {
+  if (p.linear.layout.run == 16) {
+    return p.config.octets == 1 ? launch_run<kBits, kHalf, 1, 16>(p, stream)
+                                : launch_run<kBits, kHalf, 2, 16>(p, stream);
+  }
+  return p.config.octets == 1 ? launch_run<kBits, kHalf, 1, 8>(p, stream) : launch_run<kBits, kHalf, 2, 8>(p, stream);
 }
 
 }  // namespace
@@ -385,9 +389,9 @@ Status launch_linear_small(const LinearParams& all, const LinearConfig& config, 
   SmallParams p{all, config, format::outlier_blocks(all.format.K)};
   const int64_t row_bytes = all.format.K * dtype_bytes(all.x_dtype);
   const bool half = all.x_dtype == DType::kFloat16;
-  const auto run = all.format.bits == 4 ? half ? launch_octets<4, true> : launch_octets<4, false>
-                   : half               ? launch_octets<3, true>
-                                        : launch_octets<3, false>;
+  const auto run = all.format.bits == 4 ? half ? launch_type<4, true> : launch_type<4, false>
+                   : half               ? launch_type<3, true>
+                                        : launch_type<3, false>;
   for (int64_t m = 0; m < all.M; m += config.rows) {
     p.linear.M = all.M - m < config.rows ? all.M - m : config.rows;
     p.linear.x = static_cast<const uint8_t*>(all.x) + m * row_bytes;

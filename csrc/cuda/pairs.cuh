@@ -37,15 +37,19 @@ __device__ __forceinline__ void build_table(uint32_t* table, const uint8_t* prep
   }
 }
 
-// Bits [kFirst, kFirst + kCount) of a lane's words of a chunk; all known when compiled.
-template <int kFirst, int kCount, int kBits>
+// Bits [kFirst, kFirst + kCount) of a lane's words of a chunk, put at bit kAt; all known when compiled: a shift and a
+// mask.
+template <int kFirst, int kCount, int kAt, int kBits>
 __device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kBits]) {
   constexpr int kWord = kFirst / 32, kShift = kFirst % 32;
-  constexpr uint32_t kMask = (1u << kCount) - 1u;
-  if constexpr (kShift + kCount <= 32) {
-    return (words[kWord] >> kShift) & kMask;
+  constexpr uint32_t kMask = ((1u << kCount) - 1u) << kAt;
+  if constexpr (kShift + kCount > 32) {
+    static_assert(kShift >= kAt, "what crosses words begins far up");
+    return __funnelshift_r(words[kWord], words[kWord + 1], kShift - kAt) & kMask;
+  } else if constexpr (kShift >= kAt) {
+    return (words[kWord] >> (kShift - kAt)) & kMask;
   } else {
-    return __funnelshift_r(words[kWord], words[kWord + 1], kShift) & kMask;
+    return (words[kWord] << (kAt - kShift)) & kMask;
   }
 }
 
@@ -53,25 +57,24 @@ __device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kBits]) {
 template <int kPairs, int kBits>
 __device__ __forceinline__ uint32_t last_low_bits(const uint32_t (&words)[kBits]) {
   constexpr int kEnd = kPairs * 2 * kBits - 2;
-  return bits_of<kEnd, 2>(words) | bits_of<16 * kBits + kEnd, 2>(words) << 2;
+  return bits_of<kEnd, 2, 0>(words) | bits_of<16 * kBits + kEnd, 2, 2>(words);
 }
 
-// The window of pair kPair of row g + 8 * kRow, the pair before it being in the same words.
-template <int kPair, int kRow, int kBits>
-__device__ __forceinline__ uint32_t window_of(const uint32_t (&words)[kBits]) {
-  return bits_of<kRow * 16 * kBits + kPair * 2 * kBits - 2, 2 * kBits + 2>(words);
-}
-
-// Of pair 0 or 4. `history` has the two bits before it of both rows; pair 4 begins a run only where runs are of 8.
-template <int kPair, int kRow, int kBits>
-__device__ __forceinline__ uint32_t first_window(const uint32_t (&words)[kBits], uint32_t history, bool runs_of_8) {
-  const uint32_t begins =
-      bits_of<kRow * 16 * kBits + kPair * 2 * kBits, 2 * kBits>(words) << 2 | ((history >> (2 * kRow)) & 3u);
-  if constexpr (kPair == 0) {
-    return begins;
+// The window of pair kPair of row g + 8 * kRow at bit kAt, so that it is the offset of its entry. Where a run begins,
+// `history` has the two bits before it of both rows; else they are in the words.
+template <int kPair, int kRow, int kAt, bool kRunBegins, int kBits>
+__device__ __forceinline__ uint32_t window_of(const uint32_t (&words)[kBits], uint32_t history) {
+  constexpr int kFirst = kRow * 16 * kBits + kPair * 2 * kBits;
+  if constexpr (kRunBegins) {
+    return bits_of<kFirst, 2 * kBits, kAt + 2>(words) | ((history >> (2 * kRow)) & 3u) << kAt;
   } else {
-    return runs_of_8 ? begins : window_of<kPair, kRow>(words);
+    return bits_of<kFirst - 2, 2 * kBits + 2, kAt>(words);
   }
+}
+
+// Entry of table[window][kCopies] for a lane: `window` is at bit log2(4 * kCopies).
+__device__ __forceinline__ uint32_t look_up(const uint32_t* table, uint32_t window, uint32_t copy) {
+  return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(table) + (window | copy * 4));
 }
 
 // History of a lane's run: the last low bits of the lane that owns the columns before. `mine`: what this lane has for
@@ -119,6 +122,11 @@ struct Cursor {
     begin = end;
     if (begin == segment_end) segment_end += segment;
     end = begin + int(format::kBlock) < segment_end ? begin + int(format::kBlock) : segment_end;
+  }
+
+  // To the block of column k, or the last one.
+  __device__ __forceinline__ void go_to(int k, int segment, int K) {
+    while (end <= k && end < K) next_block(segment);
   }
 
   // As chunk_restarts, of the chunk at `column`, which lies in this block.
