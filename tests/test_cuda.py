@@ -135,3 +135,5 @@ def test_arguments_on_different_devices_are_named() -> None:
     on_gpu = shapes.Weight(*to("cuda", tuple(weight)))
     with pytest.raises(RuntimeError, match=r"dequantize: scale must be on CUDA device 0"):
         torch.ops.precal.dequantize(*on_gpu._replace(scale=weight.scale))
+    with pytest.raises(RuntimeError, match=r"dequantize: the first argument must be on the CUDA device"):
+        torch.ops.precal.dequantize(*on_gpu._replace(packed=weight.packed))

@@ -312,6 +312,15 @@ def test_quantize_other_widths(gpu: emulator.Emulated, bits: int) -> None:
     check(gpu, "quantize_groups", w, None, bits, 32, 1, seeds=[0])
 
 
+def test_of_two_scales_without_error_the_smaller_wins(gpu: emulator.Emulated) -> None:
+    """126 * 1.0 = 112 * 1.125: both e4m3, both levels in every subset."""
+    levels = [-100] * 4 + [-80] * 4 + [-60] * 4 + [0] * 8 + [60] * 4 + [112] * 4 + [126] * 4
+    w = torch.zeros(3, 64)
+    w[:, [5, 40]] = 126 / 1024
+    parts = check(gpu, "quantize_groups", w, torch.tensor([levels], dtype=torch.int8), 4, 32)
+    assert (parts[1] == 0x38).all()
+
+
 def test_a_row_that_is_not_finite_gets_no_scale(gpu: emulator.Emulated) -> None:
     w = shapes.gaussian(4, 300)
     w[1, 7], w[2, 299] = torch.nan, -torch.inf

@@ -19,13 +19,22 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Another argument may have brought the call here.
+int32_t device_of(const char* op, const Tensor& first) {
+  if (!first.is_cuda()) {
+    throw std::runtime_error(concat(op, ": the first argument must be on the CUDA device of the others, got a CPU ",
+                                    "tensor; call .to(device) first"));
+  }
+  return first.get_device_index();
+}
+
 // One call of one op: on the device and the current stream of its first tensor, where the others must lie too.
 struct Call {
   const char* op;
   const Tensor& like;
   torch::stable::accelerator::DeviceGuard guard;
 
-  Call(const char* name, const Tensor& first) : op(name), like(first), guard(first.get_device_index()) {}
+  Call(const char* name, const Tensor& first) : op(name), like(first), guard(device_of(name, first)) {}
 
   TensorView tensor(const char* name, const Tensor& t) const {
     if (!t.is_cuda() || t.get_device_index() != like.get_device_index()) {

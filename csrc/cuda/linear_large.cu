@@ -221,6 +221,7 @@ struct Large {
     const uint8_t* w = tile_w + step % 2 * (kLargeRows * kRowBytes);
     const uint8_t* x = tile_x + step % kStagesX * (kTokens * kRowBytes);
     const int first_row = warp / kWarpsM * (kTilesN * 16), first_token = warp % kWarpsM * (kOctets * 8);
+    __syncwarp();  // ldmatrix and mma need all lanes; outliers may have parted them
 #pragma unroll
     for (int k = 0; k < kLargeColumns / 16; ++k) {
       uint32_t rows[kTilesN][4], columns[kOctets][2];
