@@ -29,12 +29,11 @@ int32_t device_of(const char* op, const Tensor& first) {
 }
 
 // One call of one op: on the device and the current stream of its first tensor, where the others must lie too.
-struct Call {
-  const char* op;
+struct DeviceCall : Call {
   const Tensor& like;
   torch::stable::accelerator::DeviceGuard guard;
 
-  Call(const char* name, const Tensor& first) : op(name), like(first), guard(device_of(name, first)) {}
+  DeviceCall(const char* name, const Tensor& first) : Call{name}, like(first), guard(device_of(name, first)) {}
 
   TensorView tensor(const char* name, const Tensor& t) const {
     if (!t.is_cuda() || t.get_device_index() != like.get_device_index()) {
@@ -78,38 +77,38 @@ struct Call {
 };
 
 Tensor soft_threshold(const Tensor& w, double lam) {
-  const Call call("soft_threshold", w);
+  const DeviceCall call("soft_threshold", w);
   return call.run(gpu::SoftThreshold{{call.tensor("w", w), lam}, {}})[0];
 }
 
 Tensor salience_threshold(const Tensor& w, double alpha, std::string scope, int64_t group_size, std::string normalize) {
-  const Call call("salience_threshold", w);
+  const DeviceCall call("salience_threshold", w);
   return call.run(gpu::SalienceThreshold{{call.tensor("w", w), alpha, scope, group_size, normalize}})[0];
 }
 
 Tensor salience_mask(const Tensor& w, const Tensor& lam, std::string scope, int64_t group_size, std::string normalize) {
-  const Call call("salience_mask", w);
+  const DeviceCall call("salience_mask", w);
   return call.run(gpu::SalienceMask{{call.tensor("w", w), call.tensor("lam", lam), scope, group_size, normalize}})[0];
 }
 
 Tensor spread_codes(const Tensor& counts, double lo, double hi, const Tensor& grid) {
-  const Call call("spread_codes", counts);
+  const DeviceCall call("spread_codes", counts);
   return call.run(gpu::SpreadCodes{{call.tensor("counts", counts), lo, hi, call.tensor("grid", grid)}, {}})[0];
 }
 
 Tensor kl_divergence(const Tensor& p, const Tensor& q, double smoothing) {
-  const Call call("kl_divergence", p);
+  const DeviceCall call("kl_divergence", p);
   return call.run(gpu::KlDivergence{{call.tensor("p", p), call.tensor("q", q), smoothing}, {}})[0];
 }
 
 Tensor fit_grid(const Tensor& counts, double lo, double hi, const Tensor& grid, double mu, int64_t rounds) {
-  const Call call("fit_grid", counts);
+  const DeviceCall call("fit_grid", counts);
   return call.run(gpu::FitGrid{{call.tensor("counts", counts), lo, hi, call.tensor("grid", grid), mu, rounds}})[0];
 }
 
 std::tuple<Tensor, Tensor> histogram(const Tensor& w, int64_t num_bins, double lo, double hi, MaybeTensor divisor,
                                      MaybeTensor weight, int64_t group_size, MaybeTensor label, int64_t num_labels) {
-  const Call call("histogram", w);
+  const DeviceCall call("histogram", w);
   return call.run_tuple(
       gpu::Histogram{{call.tensor("w", w), num_bins, lo, hi, call.optional("divisor", divisor),
                       call.optional("weight", weight), group_size, call.optional("label", label), num_labels},
@@ -120,29 +119,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_groups(const Tensor&
                                                                    int64_t group_size, int64_t c, double lam,
                                                                    std::string scale_dtype, bool symmetric,
                                                                    double search_lo, double search_hi) {
-  const Call call("quantize_groups", w);
+  const DeviceCall call("quantize_groups", w);
   return call.run_tuple(gpu::QuantizeGroups{{call.tensor("w", w), call.optional("grid", grid), bits, group_size, c, lam,
                                              scale_dtype, symmetric, search_lo, search_hi}});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& w, const Tensor& salient, int64_t bits,
                                                                   int64_t group_size) {
-  const Call call("quantize_split", w);
+  const DeviceCall call("quantize_split", w);
   return call.run_tuple(gpu::QuantizeSplit{{call.tensor("w", w), call.tensor("salient", salient), bits, group_size}});
 }
 
 Tensor pack(const Tensor& codes, int64_t bits) {
-  const Call call("pack", codes);
+  const DeviceCall call("pack", codes);
   return call.run(gpu::Pack{{call.tensor("codes", codes), bits}, {}})[0];
 }
 
 Tensor unpack(const Tensor& packed, int64_t bits, int64_t K) {
-  const Call call("unpack", packed);
+  const DeviceCall call("unpack", packed);
   return call.run(gpu::Unpack{{call.tensor("packed", packed), bits, K}, {}})[0];
 }
 
-cpu::WeightTensors weight_tensors(const Call& call, const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
-                                  const MaybeTensor& grid, const MaybeTensor& outlier_index,
+cpu::WeightTensors weight_tensors(const DeviceCall& call, const Tensor& packed, const Tensor& scale,
+                                  const Tensor& row_scale, const MaybeTensor& grid, const MaybeTensor& outlier_index,
                                   const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
                                   const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
   return {call.tensor("packed", packed),
@@ -161,7 +160,7 @@ cpu::WeightTensors weight_tensors(const Call& call, const Tensor& packed, const 
 Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                   MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
                   MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
-  const Call call("dequantize", packed);
+  const DeviceCall call("dequantize", packed);
   return call.run(gpu::Dequantize{{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
                                                   outlier_scale, outlier_mask, K, bits, group_size)},
                                   {}})[0];
@@ -170,7 +169,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_s
 Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
                MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
-  const Call call("prepack", packed);
+  const DeviceCall call("prepack", packed);
   return call.run(gpu::Prepack{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
                                               outlier_scale, outlier_mask, K, bits, group_size)})[0];
 }
@@ -180,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpre
                                                                                      int64_t group_size, int64_t c,
                                                                                      int64_t grid_size, bool split,
                                                                                      std::string scale_dtype) {
-  const Call call("unprepack", prepacked);
+  const DeviceCall call("unprepack", prepacked);
   return call.run_tuple(
       gpu::Unprepack{{call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype}});
 }
@@ -189,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpre
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
               int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype,
               std::string activations) {
-  const Call call("linear", x);
+  const DeviceCall call("linear", x);
   const Tensor rows = torch::stable::contiguous(x);
   return call.run(
       gpu::Linear{call.tensor("x", rows),
