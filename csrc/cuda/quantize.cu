@@ -165,7 +165,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(QuantizeKernelParams 
   __syncthreads();
   for (int64_t g = threadIdx.x; g < p.groups; g += kThreads) {
     float& target = p.scratch.target[n * p.groups + g];
-    target = s.row_scale > 0.0f ? (target / s.row_scale) / s.levels.peak : 0.0f;
+    const float extreme = s.row_scale > 0.0f ? target / s.row_scale : 0.0f;
+    target = extreme / s.levels.peak;
+    if (format::is_trellis(q.format)) p.scratch.reach[n * p.groups + g] = abs_float(extreme);
     if (!q.format.split) continue;
     const float salient = p.scratch.salient[n * p.groups + g];
     static_cast<uint16_t*>(q.outlier_scale)[n * p.groups + g] =
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) residuals_kernel(QuantizeKernelParam
     for (int j = 0; j < q.format.c && values[j] != 0; ++j) {
       const int64_t k = begin + indices[j];
       uint32_t level = codes[k];
-      if (levels.subsets == 4) {
+      if (format::is_trellis(q.format)) {
         format::TrellisState state;
         for (int64_t before = k - 2 < begin ? begin : k - 2; before < k; ++before) {
           format::trellis_index(&state, codes[before]);
@@ -222,6 +224,7 @@ QuantizeKernelParams kernel_params(const QuantizeParams& q, int64_t* bytes) {
     return memory;
   };
   p.scratch.target = reinterpret_cast<float*>(take(f.N * p.groups * 4));
+  p.scratch.reach = reinterpret_cast<float*>(take(format::is_trellis(f) ? f.N * p.groups * 4 : 0));
   p.scratch.salient = reinterpret_cast<float*>(take(f.split ? f.N * p.groups * 4 : 0));
   p.scratch.dense = reinterpret_cast<uint32_t*>(take(f.N * p.mask_words * 4));
   p.scratch.end_state = take(format::is_trellis(f) ? f.N * p.blocks.num_blocks : 0);

@@ -14,6 +14,7 @@ constexpr uint16_t kRefusedRow = 0x7FC0;
 // Scratch between the kernels.
 struct QuantizeScratch {
   float* target;       // [N, G]: extreme weight of a group, then t
+  float* reach;        // [N, G]: trellis, largest dense |w| in units of the row scale
   float* salient;      // [N, G]: split, the same of the salient weights
   uint32_t* dense;     // [N, ceil(K/32)]: bit set for weights that count in the search
   uint8_t* end_state;  // [N, blocks]: trellis, state after the last column of a block
@@ -26,35 +27,33 @@ struct QuantizeKernelParams {
   int64_t groups, group_size, mask_words;  // group_size at most K
 };
 
-// Levels as the search wants them; subsets of a trellis are every fourth.
 struct LevelTable {
   float level[256];
-  float mid[4][256];   // between neighbours of subset z: mid[z][i] of levels z + 4 i and z + 4 (i + 1)
-  int subsets, count;  // levels of each subset
+  float mid[256];  // mid[i] between levels i and i + 1
+  int count;
   float peak;
 };
 
 // By the whole block; a barrier follows in the caller.
 __device__ __forceinline__ void load_levels(const QuantizeParams& q, LevelTable* t) {
   const format::WeightFormat& f = q.format;
-  const int all = f.grid_size > 0 ? f.grid_size : 1 << f.bits, subsets = format::is_trellis(f) ? 4 : 1;
+  const int all = f.grid_size > 0 ? f.grid_size : 1 << f.bits;
   const auto level = [&](int i) { return f.grid_size > 0 ? float(q.grid[i]) : float(i - all / 2); };
   for (int i = int(threadIdx.x); i < all; i += int(blockDim.x)) {
     t->level[i] = level(i);
-    if (i + subsets < all) t->mid[i % subsets][i / subsets] = (level(i) + level(i + subsets)) * 0.5f;
+    if (i + 1 < all) t->mid[i] = (level(i) + level(i + 1)) * 0.5f;
   }
   if (threadIdx.x == 0) {
-    t->subsets = subsets;
-    t->count = all / subsets;
+    t->count = all;
     const float low = level(0), top = level(all - 1);
     t->peak = (!q.symmetric && abs_float(low) > abs_float(top)) ? low : top;
   }
 }
 
-// Step 5: the number of midpoints of subset z below x.
-__device__ __forceinline__ int nearest(const LevelTable& t, int z, float x) {
+// Step 5: the number of midpoints below x.
+__device__ __forceinline__ int nearest(const LevelTable& t, float x) {
   int index = 0;
-  for (int i = 0; i + 1 < t.count; ++i) index += x > t.mid[z][i] ? 1 : 0;
+  for (int i = 0; i + 1 < t.count; ++i) index += x > t.mid[i] ? 1 : 0;
   return index;
 }
 

@@ -20,7 +20,7 @@ __device__ __forceinline__ float group_error(const QuantizeKernelParams& p, cons
   float sum = 0.0f;
   for (int64_t k = begin + int(threadIdx.x) % 16; k < end; k += 16) {
     const float v = scaled_weight(p, n, k, row_scale);
-    const float level = levels.level[nearest(levels, 0, v * inverse)];
+    const float level = levels.level[nearest(levels, v * inverse)];
     const float error = (is_dense(p, n, k) ? 1.0f : 0.0f) * (v - scale * level);
     sum = sum + error * error;
   }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) quantize_plain_kernel(QuantizeKernel
     for (int64_t k = begin + lane; k < end; k += 32) {
       const float v = scaled_weight(p, n, k, row_scale);
       const float x = v * (q.format.split && !is_dense(p, n, k) ? salient : inverse);
-      q.codes[n * q.format.K + k] = uint8_t(nearest(levels, 0, x));
+      q.codes[n * q.format.K + k] = uint8_t(nearest(levels, x));
     }
   }
 }
