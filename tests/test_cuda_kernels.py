@@ -312,6 +312,18 @@ def test_quantize_other_widths(gpu: emulator.Emulated, bits: int) -> None:
     check(gpu, "quantize_groups", w, None, bits, 32, 1, seeds=[0])
 
 
+# Groups that begin with a block of columns, with its second column, and inside; every spacing of levels, and scales so
+# far below the extreme weight that positions are doubled. From column 257 on costs are small beside those before.
+@pytest.mark.parametrize("group_size", [16, 32, 100, 255, 257])
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_quantize_any_trellis(gpu: emulator.Emulated, bits: int, group_size: int) -> None:
+    w = shapes.student_t(5, 600)
+    w[:, 257:] *= 30
+    for peak, low in ((127, 0.05), (2**bits, 0.8)):
+        grid = torch.linspace(-peak, peak, 2 ** (bits + 1)).round().clamp(-127, 127).to(torch.int8)[None]
+        check(gpu, "quantize_groups", w, grid, bits, group_size, 2, 1e-4, "e4m3", False, low, 1.1, seeds=[1])
+
+
 def test_of_two_scales_without_error_the_smaller_wins(gpu: emulator.Emulated) -> None:
     """126 * 1.0 = 112 * 1.125: both e4m3, both levels in every subset."""
     levels = [-100] * 4 + [-80] * 4 + [-60] * 4 + [0] * 8 + [60] * 4 + [112] * 4 + [126] * 4
