@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize_groups and quantize_split: steps 1 to 3 (outliers, extremes, row scale) and 6 (outlier residuals).
 //
-// Work    prepare: a block a row; a warp finds the outliers of a block of columns, then the extremes of a group; the
-// mean
-//         of the amplitudes is summed by one thread, in order. Steps 4 and 5 are in quantize_plain.cu and
+// Work    prepare: a block a row; a warp finds the outliers of a block of columns, then the extremes of a group; one
+//         thread sums the amplitudes for their mean, in order. Steps 4 and 5 are in quantize_plain.cu and
 //         quantize_trellis.cu. residuals: a thread a row and block of columns.
 // Limits  any format. The row is read twice; the second time from L2.
 #include "cuda/quantize.cuh"

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize_groups with a trellis: the Viterbi search of csrc/cpu/trellis-inl.h, bit for bit.
 //
-// Work    search: a warp owns four rows, eight lanes each; the lanes try eight candidate scales of a group side by
-// side,
-//         each with the four costs in registers, then all repeat the best one and the first lane keeps its decisions, a
-//         byte a column in the place of the code. The lanes of a row share a run of 16 weights: two integers each.
+// Work    search: a warp owns four rows, eight lanes each. The lanes of a row try eight candidate scales of a group,
+//         each with the four costs in registers; then all repeat the best one and the first lane keeps its decisions,
+//         a byte a column in the place of the code. They share a run of 16 weights as integers, two a lane.
 //         trace: a thread follows the path of one block of columns of one row backwards; blocks are independent,
 //         because the search keeps the state at each block's end.
 // Count   per column one lookup and about 50 other instructions of a candidate, 80 when decisions are kept.
