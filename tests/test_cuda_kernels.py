@@ -60,9 +60,9 @@ def call(gpu: emulator.Emulated, name: str, arguments: Sequence[Any], like: Sequ
 
 
 def check(gpu: emulator.Emulated, name: str, *arguments: Any, seeds: Sequence[int] = (0, 1, 2)) -> list[Tensor]:
-    """The bits of the CPU op, in every order."""
+    """The bits of the CPU op, in every order; under sanitizers, which see no order, in one."""
     want = as_list(getattr(torch.ops.precal, name)(*arguments))
-    for seed in seeds:
+    for seed in seeds if VARIANT == "races" else seeds[:1]:
         gpu.device(seed)
         same_bits(call(gpu, name, arguments, want), want)
     return want
