@@ -132,6 +132,8 @@ def main() -> None:
                 "threads": torch.get_num_threads(),
                 "commit": commit(),
                 **facts("bench/quantize_checkpoint.py"),
+                # Where it lay says nothing to others.
+                "command": "python bench/quantize_checkpoint.py" + (f" --gb {args.gb:g}" if args.gb != 4.0 else ""),
             }
             results.put(row)
             print(json.dumps(row), flush=True)
