@@ -35,6 +35,42 @@ These have no wheel that could run in the same rounds. Measured apart, on a mach
 times in us at M = 1, 4, 16, with the share of DRAM read at M = 1, and Gop/s above. All round activations to int8."""
 
 
+LIMITS_TEXT = """\
+## What limits `linear`
+
+Counts are of the AVX-512 kernels (csrc/cpu/linear_int8_avx512-inl.h), per step of 16 rows x 4 columns and vector
+instructions unless said otherwise; a Zen 5 core starts two dots and two vector loads a cycle.
+
+- **M = 1** (wanted: 95 % of reading DRAM, 92 % with 3 bits): 2.5 to decode 64 codes of 4 bits, one dot, one load of
+  activations. From L3 the kernel is well above what DRAM gives to a core, so what is missing is requests in flight,
+  not instructions. Tried: prefetches 0 to 16 KB ahead, to L1 and to L2, the next two tiles as a whole to L2, one
+  stream of tiles instead of two. The kept one (4 KB ahead in each of two streams of tiles, following the stream
+  across tiles) is the best of these in DRAM and costs nothing from L3. Next: two rows of tiles per thread from
+  different halves of the weight, as the read limit's four streams have it.
+- **M = 4 and 16** (wanted: 1.5 x the best peer): sums of up to 16 tokens x planes stand in registers, so a dot needs
+  a load of its own for its four activations: loads and dots are even at two a cycle, and decoding and outliers come
+  on top. Tried: decoding into L1 first with two tiles to a load of activations, which is even at M = 16 and slower
+  below. a16 has two dots per 64 codes and is within 15 to 30 % of the bfloat16 peak: 1.5 x a peer at 60 % of it is
+  not to be had.
+- **M >= 64, a16** (wanted: as fast as dense bfloat16): 8 sums of each of two tiles run nearly at the dots' peak by
+  profile; converting and scaling each sum takes 6 instructions per span of a group, decoding 1 to 2 of 64 to 256
+  tokens' worth, storing and outliers the rest. Dense code has none of this to do and reaches the whole peak.
+- **M >= 64, a8** (wanted: 75 % of the int8 peak, 65 % at g32): met from g64 on where x fits in L2 (K = 4096), not at
+  K = 14336, where a span of 128 tokens comes from L3. The same three costs weigh twice as much as in a16, as there
+  is one dot instead of two: at g32 a span has 8 dots and 4 instructions to scale their sum. Next: fewer tokens per
+  pass where K is large.
+- **Outliers** (wanted: 5 % at c = 1): one load and one multiply-add per entry and 16 tokens, by count 3 % of a8 at M
+  = 64. The load is a line of x at a random column, from L2, which makes it two to three times that. Tried: gathers
+  (slower), permutations instead of broadcasts of the values (no difference). Next: x in 16 bits for this purpose
+  where it comes in 16 bits, 32 tokens a line.
+- **AVX2**: no 8-bit dot product that takes full range. Words and vpmaddwd need 4 instructions per 32 products, as
+  many as a float32 multiply-add does, so many tokens run at about the float32 peak of AVX2. One token needs 13
+  instructions to decode 64 codes of 8 rows and 10 for their dots, which 4 vector pipes turn into less than DRAM
+  gives: below the 85 % wanted. Tried: words for one token too (7 instead of 5 instructions per 32 products),
+  decoding into L1 first (slower). Next: AVX-VNNI as an instruction set of its own, which takes 3 or, with unsigned
+  levels, 1."""
+
+
 def machines(data: list[Row]) -> list[tuple[str, str, int]]:
     return list(dict.fromkeys((r["cpu"], r["isa"], r["threads"]) for r in data))
 
@@ -184,7 +220,8 @@ def performance_page(data: list[Row], quoted: list[Row], models: list[Row], head
         lines += ["", *limit_table(part)]
         for shape in shapes(part):
             lines += ["", f"### {shape}", "", *our_table(part, shape), *peer_table(part, shape)]
-    return "\n".join([*lines, *models_section(models, heads), *quoted_tables(quoted)]) + "\n"
+    limits = ["", *LIMITS_TEXT.splitlines()] if data else []
+    return "\n".join([*lines, *limits, *models_section(models, heads), *quoted_tables(quoted)]) + "\n"
 
 
 def readme_performance(data: list[Row]) -> str:
