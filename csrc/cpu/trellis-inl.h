@@ -3,14 +3,13 @@
 // side.
 //
 // In place of steps 4 and 5 of quantize-inl.h, with its v, t and candidate scales; round() is to the nearest even:
-//   4. A group's weights become 16-bit integers, n = round(v * (32767 / a)), a = max |v| of its dense weights, not
-//   below
+//   4. A group's weights become 16-bit integers, n = round(v * (32767 / a)), a = max |v| of its dense weights, at least
 //      2^-20. For a scale s the multiplier is m = round(((a * unit) / |s|) kept within 32767), with the sign of s, and
-//      x = ((n * m + 2^14) >> 15) doubled `doublings` times, saturated at 16 bits each time: v / s in 1/256 of a level.
-//      A cell is two levels wide, x >> 9; each subset z = 0..3 (levels z, z + 4, ...) has its level nearest to the
-//      cell's centre, the lower one on a tie. With d = (lower edge - level) * 2^shift kept within [-127,
-//      127 - 2^(shift + 1)] and e = d * 256 + (x & 511) * 2^shift, choosing it costs e_z = (e * e + 2^14) >> 15; an
-//      outlier, and a weight of a group without dense ones, cost 0.
+//      x = ((n * m + 2^14) >> 15) doubled `doublings` times, saturated at 16 bits each time: v / s in 1/128 of a level.
+//      A cell is width = 2 levels wide, x >> 8, or 4 where shift = 0, x >> 9; each subset z = 0..3 (levels z, z + 4,
+//      ...) has its level nearest to the cell's centre, the lower one on a tie. With d = (lower edge - level) * 2^shift
+//      kept within [-127, 127 - width * 2^shift] and e = d * 256 + (x - lower edge) * 2^(shift + 1), choosing it costs
+//      e_z = (e * e + 2^14) >> 15; an outlier, and a weight of a group without dense ones, cost 0.
 //      cost[state] of the best path so far is an unsigned 16-bit integer, sums saturate. At a block's first column the
 //      path is in state 0 with the least cost of the column before, the lowest state on a tie; other states cost 65535.
 //      Of two paths into a state the one whose b_{k-2} is 0 stays unless the other is strictly cheaper. After every run
