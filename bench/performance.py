@@ -225,11 +225,12 @@ def performance_page(data: list[Row], quoted: list[Row], models: list[Row], head
 
 
 def readme_performance(data: list[Row]) -> str:
-    """The default setting at a few M on the shape that most rows are of, on the machine of the newest run."""
+    """The default setting at a few M on the shape and the machine (and instruction set) that most rows are of."""
     if not data:
         return EMPTY
-    newest = max(data, key=lambda r: str(r["run"]))
-    part = of_machine(data, (newest["cpu"], newest["isa"], newest["threads"]))
+    machine = statistics.mode((r["cpu"], r["isa"], r["threads"]) for r in data)
+    part = of_machine(data, machine)
+    newest = max(part, key=lambda r: str(r["run"]))
     found = [r for r in part if ours(r) and r["trellis"] and (r["group_size"], r["c"]) == (64, 1)]
     if not found:
         return EMPTY
