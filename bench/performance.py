@@ -39,26 +39,26 @@ LIMITS_TEXT = """\
 ## What limits `linear`
 
 Counts are of the AVX-512 kernels (csrc/cpu/linear_int8_avx512-inl.h), per step of 16 rows x 4 columns and vector
-instructions unless said otherwise; a Zen 5 core starts two dots and two vector loads a cycle.
+instructions unless said otherwise; a Zen 5 core starts two dots and two vector loads a cycle. What is called tried was
+compared by hand and has no figures here.
 
 - **M = 1** (wanted: 95 % of reading DRAM, 92 % with 3 bits): 2.5 to decode 64 codes of 4 bits, one dot, one load of
   activations. From L3 the kernel is well above what DRAM gives to a core, so what is missing is requests in flight,
   not instructions. Tried: prefetches 0 to 16 KB ahead, to L1 and to L2, the next two tiles as a whole to L2, one
   stream of tiles instead of two. The kept one (4 KB ahead in each of two streams of tiles, following the stream
-  across tiles) is the best of these in DRAM and costs nothing from L3. Next: two rows of tiles per thread from
+  across tiles) was the best of these in DRAM. Next: two rows of tiles per thread from
   different halves of the weight, as the read limit's four streams have it.
 - **M = 4 and 16** (wanted: 1.5 x the best peer): sums of up to 16 tokens x planes stand in registers, so a dot needs
   a load of its own for its four activations: loads and dots are even at two a cycle, and decoding and outliers come
   on top. Tried: decoding into L1 first with two tiles to a load of activations, which is even at M = 16 and slower
-  below. a16 has two dots per 64 codes and is within 15 to 30 % of the bfloat16 peak: 1.5 x a peer at 60 % of it is
-  not to be had.
+  below. a16 has two dots per 64 codes: 1.5 x a peer at 60 % or more of the bfloat16 peak is hardly to be had.
 - **M >= 64, a16** (wanted: as fast as dense bfloat16): 8 sums of each of two tiles run nearly at the dots' peak by
   profile; converting and scaling each sum takes 6 instructions per span of a group, decoding 1 to 2 of 64 to 256
   tokens' worth, storing and outliers the rest. Dense code has none of this to do and reaches the whole peak.
-- **M >= 64, a8** (wanted: 75 % of the int8 peak, 65 % at g32): met from g64 on where x fits in L2 (K = 4096), not at
-  K = 14336, where a span of 128 tokens comes from L3. The same three costs weigh twice as much as in a16, as there
-  is one dot instead of two: at g32 a span has 8 dots and 4 instructions to scale their sum. Next: fewer tokens per
-  pass where K is large.
+- **M >= 64, a8** (wanted: 75 % of the int8 peak, 65 % at g32): near it at M = 256 and K = 4096, less at M = 64, where
+  decoding and the outliers are shared by fewer tokens, and at K = 14336, where 128 tokens of x do not fit in L2. The
+  same three costs weigh twice as much as in a16, as there is one dot instead of two: at g32 a span has 8 dots and 4
+  instructions to scale their sum. Next: fewer tokens per pass where K is large.
 - **Outliers** (wanted: 5 % at c = 1): one load and one multiply-add per entry and 16 tokens, by count 3 % of a8 at M
   = 64. The load is a line of x at a random column, from L2, which makes it two to three times that. Tried: gathers
   (slower), permutations instead of broadcasts of the values (no difference). Next: x in 16 bits for this purpose

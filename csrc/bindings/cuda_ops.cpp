@@ -231,44 +231,16 @@ Status Prepack::launch(const TensorView* out, void*, cudaStream_t stream) const 
   return cuda::launch_prepack(p, stream);
 }
 
-Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
-  PRECAL_RETURN_IF_ERROR(check_dtype(op, "prepacked", data, {DType::kUInt8}));
-  PRECAL_RETURN_IF_ERROR(check_contiguous(op, "prepacked", data));
-  constexpr int64_t kLimit = int64_t(1) << 30;
-  if (N < 0 || N > kLimit || K < 0 || K > kLimit) {
-    return invalid_value(op, ": N and K must lie in [0, 2^30], got ", N, " and ", K);
-  }
-  if (bits < format::kMinBits || bits > format::kMaxBits) {
-    return invalid_value(op, ": bits must lie in [2, 8], got ", bits);
-  }
-  if (group_size < 1 || group_size > kLimit) {
-    return invalid_value(op, ": group_size must lie in [1, 2^30], got ", group_size);
-  }
-  if (c < 0 || c > format::kMaxCapacity) {
-    return invalid_value(op, ": c must lie in [0, ", format::kMaxCapacity, "], got ", c);
-  }
-  if (!format::grid_size_fits(grid_size, int(bits))) {
-    return invalid_value(
-        op, ": grid_size must be 0 (uniform), 2^bits or, for a trellis of 2 to 7 bits, 2^(bits+1), got ", grid_size);
-  }
-  if (scale_dtype != "e4m3" && scale_dtype != "float16") {
-    return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype));
-  }
-  f->N = N;
-  f->K = K;
-  f->bits = int(bits);
-  f->group_size = group_size;
-  f->c = int(c);
-  f->grid_size = int(grid_size);
-  f->split = split;
-  f->scale_type = scale_dtype == "e4m3" ? ScaleType::kE4m3 : ScaleType::kFloat16;
+// The header of a weight in the GPU's order lies on the device and is not read here.
+static Status check_prepacked(const char* op, const cpu::PrepackedWeight& w, WeightFormat* f) {
+  PRECAL_RETURN_IF_ERROR(w.check_numbers(op, f));
   const int64_t bytes = format::cuda_layout(*f).total_bytes;
-  if (data.ndim != 1 || data.shape[0] != bytes) {
-    return invalid_value(op, ": prepacked must be [", bytes, "] bytes, from prepack() on a CUDA device, for N=", N,
-                         ", K=", K, ", bits=", bits, ", group_size=", group_size, ", c=", c, ", grid_size=", grid_size,
-                         ", got ", shape_text(data));
+  if (w.data.ndim != 1 || w.data.shape[0] != bytes) {
+    return invalid_value(op, ": prepacked must be [", bytes, "] bytes, from prepack() on a CUDA device, for N=", w.N,
+                         ", K=", w.K, ", bits=", w.bits, ", group_size=", w.group_size, ", c=", w.c,
+                         ", grid_size=", w.grid_size, ", got ", shape_text(w.data));
   }
-  if (reinterpret_cast<uintptr_t>(data.data) % 16 != 0) {
+  if (reinterpret_cast<uintptr_t>(w.data.data) % 16 != 0) {
     return invalid_value(op, ": prepacked must be aligned to 16 bytes; call .clone() first");
   }
   return {};
@@ -276,23 +248,14 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
 
 Status Unprepack::plan(TensorSpec* out) const {
   WeightFormat f;
-  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
-  const int64_t groups = format::num_groups(f), blocks = format::num_blocks(f);
-  const DType scale = f.scale_type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16;
-  out[0] = {DType::kInt32, {f.N, format::num_words(f)}};
-  out[1] = {scale, {f.N, groups}};
-  out[2] = {DType::kBFloat16, {f.N}};
-  out[3] = {DType::kInt8, {f.grid_size > 0 ? 1 : 0, f.grid_size}};
-  out[4] = {DType::kUInt8, {f.N, blocks, f.c}};
-  out[5] = {DType::kUInt8, {f.N, blocks, f.c}};
-  out[6] = {scale, {f.split ? f.N : 0, groups}};
-  out[7] = {DType::kUInt8, {f.split ? f.N : 0, format::mask_bytes_per_row(f)}};
+  PRECAL_RETURN_IF_ERROR(check_prepacked("unprepack", weight, &f));
+  cpu::unprepacked_specs(f, out);
   return {};
 }
 
 Status Unprepack::launch(const TensorView* out, void*, cudaStream_t stream) const {
   cuda::PrepackParams p{};
-  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &p.format));
+  PRECAL_RETURN_IF_ERROR(check_prepacked("unprepack", weight, &p.format));
   p.layout = format::cuda_layout(p.format);
   p.weight = {out[0].as<uint32_t>(), out[1].data,          out[2].as<uint16_t>(), out[3].as<int8_t>(),
               out[4].as<uint8_t>(),  out[5].as<uint8_t>(), out[6].data,           out[7].as<uint8_t>()};
@@ -319,7 +282,7 @@ Status Linear::plan(TensorSpec* out) const {
   constexpr const char* op = "linear";
   WeightFormat f;
   PRECAL_RETURN_IF_ERROR(check_float(op, "x", x));
-  PRECAL_RETURN_IF_ERROR(weight.check(op, &f));
+  PRECAL_RETURN_IF_ERROR(check_prepacked(op, weight, &f));
   if (x.ndim < 1 || x.shape[x.ndim - 1] != f.K) {
     return invalid_value(op, ": x must be [..., K] with K = ", f.K, ", got ", shape_text(x));
   }
@@ -339,13 +302,13 @@ int64_t Linear::workspace_bytes() const {
   WeightFormat f;
   int64_t bytes = 0;
   // An error of the device is found, and named, by the launch.
-  if (weight.check("linear", &f).ok()) (void)cuda::linear_workspace(f, tokens_of(x), x.dtype, &bytes).ok();
+  if (check_prepacked("linear", weight, &f).ok()) (void)cuda::linear_workspace(f, tokens_of(x), x.dtype, &bytes).ok();
   return bytes;
 }
 
 Status Linear::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
   cuda::LinearParams p{};
-  PRECAL_RETURN_IF_ERROR(weight.check("linear", &p.format));
+  PRECAL_RETURN_IF_ERROR(check_prepacked("linear", weight, &p.format));
   p.layout = format::cuda_layout(p.format);
   p.prepacked = weight.data.as<uint8_t>();
   p.x = x.data;

@@ -75,19 +75,10 @@ struct Prepack : NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };
 
-// The integers of a weight in the GPU's order. Its header lies on the device and is not read here.
-struct PrepackedWeight {
-  TensorView data;
-  int64_t N, K, bits, group_size, c, grid_size;
-  bool split;
-  std::string scale_dtype;
-  Status check(const char* op, format::WeightFormat* f) const;
-};
-
 struct Unprepack : NoWorkspace {
   static constexpr int kOutputs = 8;
-  PrepackedWeight weight;
-  explicit Unprepack(PrepackedWeight w) : weight(std::move(w)) {}
+  cpu::PrepackedWeight weight;
+  explicit Unprepack(cpu::PrepackedWeight w) : weight(std::move(w)) {}
   Status plan(TensorSpec* out) const;
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };
@@ -95,7 +86,7 @@ struct Unprepack : NoWorkspace {
 struct Linear {
   static constexpr int kOutputs = 1;
   TensorView x;
-  PrepackedWeight weight;
+  cpu::PrepackedWeight weight;
   TensorView bias;          // optional
   std::string activations;  // f32, a16, a8: how a CPU may round x; a GPU takes it as it is
   Status plan(TensorSpec* out) const;

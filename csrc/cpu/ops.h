@@ -148,14 +148,20 @@ struct Prepack {
   Status run(const TensorView* out) const;
 };
 
-// The integers of a prepacked weight, checked against its header.
+// A prepacked weight and its integers.
 struct PrepackedWeight {
   TensorView data;
   int64_t N, K, bits, group_size, c, grid_size;
   bool split;
   std::string scale_dtype;
+  // What holds on every device: dtype and strides of `data`, ranges of the integers. Fills `f`.
+  Status check_numbers(const char* op, format::WeightFormat* f) const;
+  // And what holds on the CPU: the size, the header.
   Status check(const char* op, format::WeightFormat* f) const;
 };
+
+// What unprepack gives back of a weight.
+void unprepacked_specs(const format::WeightFormat& f, TensorSpec* out);
 
 struct Unprepack {
   static constexpr int kOutputs = 8;  // packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale,

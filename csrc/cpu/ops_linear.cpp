@@ -193,8 +193,7 @@ Status Prepack::run(const TensorView* out) const {
   return {};
 }
 
-Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
-  PRECAL_RETURN_IF_ERROR(kernels_status());
+Status PrepackedWeight::check_numbers(const char* op, WeightFormat* f) const {
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "prepacked", data, {DType::kUInt8}));
   PRECAL_RETURN_IF_ERROR(check_contiguous(op, "prepacked", data));
   constexpr int64_t kLimit = int64_t(1) << 30;
@@ -204,7 +203,7 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
   if (bits < format::kMinBits || bits > format::kMaxBits) {
     return invalid_value(op, ": bits must lie in [2, 8], got ", bits);
   }
-  if (group_size < 1 || group_size > (int64_t(1) << 30)) {
+  if (group_size < 1 || group_size > kLimit) {
     return invalid_value(op, ": group_size must lie in [1, 2^30], got ", group_size);
   }
   if (c < 0 || c > format::kMaxCapacity) {
@@ -225,6 +224,12 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
   f->grid_size = int(grid_size);
   f->split = split;
   f->scale_type = scale_dtype == "e4m3" ? ScaleType::kE4m3 : ScaleType::kFloat16;
+  return {};
+}
+
+Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
+  PRECAL_RETURN_IF_ERROR(kernels_status());
+  PRECAL_RETURN_IF_ERROR(check_numbers(op, f));
   const PrepackedHeader want = make_header(*f);
   if (data.ndim != 1 || data.shape[0] != want.total_bytes) {
     return invalid_value(op, ": prepacked must be [", want.total_bytes, "] bytes for N=", N, ", K=", K, ", bits=", bits,
@@ -239,9 +244,7 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
   return {};
 }
 
-Status Unprepack::plan(TensorSpec* out) const {
-  WeightFormat f;
-  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
+void unprepacked_specs(const WeightFormat& f, TensorSpec* out) {
   const int64_t groups = format::num_groups(f), blocks = format::num_blocks(f);
   const DType scale = f.scale_type == ScaleType::kE4m3 ? DType::kUInt8 : DType::kFloat16;
   out[0] = {DType::kInt32, {f.N, format::num_words(f)}};
@@ -252,6 +255,12 @@ Status Unprepack::plan(TensorSpec* out) const {
   out[5] = {DType::kUInt8, {f.N, blocks, f.c}};
   out[6] = {scale, {f.split ? f.N : 0, groups}};
   out[7] = {DType::kUInt8, {f.split ? f.N : 0, format::mask_bytes_per_row(f)}};
+}
+
+Status Unprepack::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(weight.check("unprepack", &f));
+  unprepacked_specs(f, out);
   return {};
 }
 

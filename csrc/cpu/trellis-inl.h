@@ -19,8 +19,8 @@
 //      paths it finds.
 //   5. the path of least cost over the states after the last column, the lowest on a tie, is followed backwards. A code
 //      names the level that step 4 took as its subset's nearest; of an outlier, of its true n.
-// Lanes are rows and never meet, so the result does not depend on which rows are searched together. 16 bits cost less
-// than 0.01 dB against the same search in float32 (docs/method.md).
+// Lanes are rows and never meet, so the result does not depend on which rows are searched together. What 16 bits cost
+// against float32: docs/method.md.
 #pragma once
 
 #include <cstring>
