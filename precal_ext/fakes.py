@@ -147,7 +147,8 @@ def _(packed: Tensor, bits: int, K: int) -> Tensor:
 
 @_fake("dequantize")
 def _(packed: Tensor, *rest: Any) -> Tensor:
-    return packed.new_empty([packed.shape[0], rest[-3]], dtype=torch.float32)
+    K = rest[7]  # after the eight tensors
+    return packed.new_empty([packed.shape[0], K], dtype=torch.float32)
 
 
 @_fake("prepack")
@@ -163,12 +164,14 @@ def _(
     K: int,
     bits: int,
     group_size: int,
+    segment: int = 0,
 ) -> Tensor:
     c = 0 if outlier_index is None else int(outlier_index.shape[2])
     scale_dtype = "float16" if scale.dtype == torch.float16 else "e4m3"
     grid_size = 0 if grid is None else int(grid.numel())
     bytes_of = _C.cuda_prepacked_bytes if packed.device.type == "cuda" else _C.prepacked_bytes
-    size = bytes_of(int(packed.shape[0]), K, bits, group_size, c, grid_size, outlier_mask is not None, scale_dtype)
+    split = outlier_mask is not None
+    size = bytes_of(int(packed.shape[0]), K, bits, group_size, c, grid_size, split, scale_dtype, segment)
     return packed.new_empty([size], dtype=torch.uint8)
 
 
@@ -183,8 +186,9 @@ def _(
     grid_size: int,
     split: bool,
     scale_dtype: str,
+    segment: int = 0,
 ) -> tuple[Tensor, ...]:
-    G, blocks, scale = _ceil_div(K, group_size), _C.num_outlier_blocks(K), _SCALE_DTYPE[scale_dtype]
+    G, blocks, scale = _ceil_div(K, group_size), _C.num_outlier_blocks(K, segment), _SCALE_DTYPE[scale_dtype]
 
     def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return prepacked.new_empty(shape, dtype=dtype)
@@ -218,11 +222,11 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (prepacked,) = ctx.saved_tensors
-    N, K, bits, group_size, c, grid_size, split, scale_dtype, *_ = ctx.integers
+    N, K, bits, group_size, c, grid_size, split, scale_dtype, segment, _ = ctx.integers
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         packed, scale, row_scale, grid, index, value, other, mask = torch.ops.precal.unprepack(
-            prepacked, N, K, bits, group_size, c, grid_size, split, scale_dtype
+            prepacked, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment
         )
         weight = torch.ops.precal.dequantize(
             packed,
@@ -236,6 +240,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             K,
             bits,
             group_size,
+            segment,
         )
         grad_x = (grad.float() @ weight).to(grad.dtype)
     if ctx.needs_input_grad[2]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precal_ext import _C, ops
+from precal_ext import ops
 from precal_ext.qtensor import QTensor
 
 _ROWS_AT_ONCE = 1 << 18  # weights, so that float64 copies stay small and in the cache
@@ -88,7 +88,7 @@ def outlier_mask(q: QTensor) -> Tensor | None:
     if not spec.c:
         return None
     index = q.tensors["weight_outlier_index"].long()
-    starts = torch.tensor([begin for begin, _ in _C.outlier_blocks(spec.K)])
+    starts = torch.tensor([begin for begin, _ in spec.blocks()])
     used = (q.tensors["weight_outlier_value"] & 0x7F) != 0
     mask = torch.zeros(spec.N, spec.K, dtype=torch.bool)
     rows = torch.arange(spec.N)[:, None, None].expand_as(index)

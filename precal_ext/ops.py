@@ -291,6 +291,7 @@ def dequantize(
     K: int,
     bits: int,
     group_size: int,
+    segment: int = 0,
 ) -> Tensor:
     """W' from the tensors of a checkpoint, the same bits everywhere.
 
@@ -299,6 +300,8 @@ def dequantize(
         grid: int8 [1, 2**bits], [1, 2**(bits+1)] for a trellis, or None for uniform.
         outlier_index, outlier_value: uint8 [N, B, c], the values e4m3 bits, or both None.
         outlier_scale, outlier_mask: dtype and shape of ``scale`` and uint8 [N, ceil(K/8)], or both None.
+        segment: columns after which the blocks of outliers and of the trellis start anew, for a slice of columns of a
+            longer row (``precal_ext.shards``); 0: as K says. K, or a divisor of K that 32 divides.
     Returns:
         float32 [N, K].
     """
@@ -314,6 +317,7 @@ def dequantize(
         K,
         bits,
         group_size,
+        segment,
     )
 
 
@@ -333,6 +337,7 @@ def prepack(
     K: int,
     bits: int,
     group_size: int,
+    segment: int = 0,
 ) -> Tensor:
     """The device's own tile order of a weight, made once at load, exactly invertible. Arguments as ``dequantize``.
 
@@ -351,6 +356,7 @@ def prepack(
         K,
         bits,
         group_size,
+        segment,
     )
 
 
@@ -365,17 +371,18 @@ def unprepack(
     grid_size: int,
     split: bool,
     scale_dtype: str,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inverse of ``prepack``. The integers must be those the weight was made with; its header is checked.
 
     Args:
         grid_size: levels of the grid, 0 when there is none.  split: whether there is an outlier_mask.
-        scale_dtype: "e4m3" or "float16".
+        scale_dtype: "e4m3" or "float16".  segment: as ``dequantize``.
     Returns:
         packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale, outlier_mask as ``dequantize``
         takes them; what the weight lacks has no elements.
     """
-    return torch.ops.precal.unprepack(prepacked, N, K, bits, group_size, c, grid_size, split, scale_dtype)
+    return torch.ops.precal.unprepack(prepacked, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment)
 
 
 @_contract
@@ -391,6 +398,7 @@ def linear(
     grid_size: int,
     split: bool,
     scale_dtype: str,
+    segment: int = 0,
     activations: str = "a16",
 ) -> Tensor:
     """y = x @ W'.T + bias with the weight dequantized on the fly, accumulated in float32.
@@ -401,7 +409,7 @@ def linear(
         x: [..., K] float32, float16 or bfloat16; a strided x is copied.
         prepacked: uint8 from ``prepack``.
         bias: [N] float32, float16 or bfloat16, or None.
-        N, K, bits, group_size, c, grid_size, split, scale_dtype: as ``unprepack``.
+        N, K, bits, group_size, c, grid_size, split, scale_dtype, segment: as ``unprepack``.
         activations: how far x may be rounded inside, per row and span of up to 128 columns of a group, against the
             largest |x| of the span: "f32" not at all, "a16" to 1/65024 of it, "a8" to 1/254 of it. A leave, no order:
             where there is no integer kernel (other widths than 3, 4 and uniform 8, ``split``, group sizes that 16 (32
@@ -410,5 +418,5 @@ def linear(
         [..., N], dtype of ``x``.
     """
     return torch.ops.precal.linear(
-        x, prepacked, bias, N, K, bits, group_size, c, grid_size, split, scale_dtype, activations
+        x, prepacked, bias, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment, activations
     )

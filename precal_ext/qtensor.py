@@ -42,6 +42,7 @@ class WeightSpec:
     grid_size: int  # levels: 0 (uniform), 2**bits, or 2**(bits + 1) (trellis)
     split: bool
     scale_dtype: str
+    segment: int = 0  # columns after which blocks start anew, of a slice of a longer row; 0: as K says
 
     @classmethod
     def from_config(cls, N: int, K: int, config: QuantizeConfig) -> WeightSpec:
@@ -70,7 +71,7 @@ class WeightSpec:
         if self.grid_size:
             found["weight_grid"] = (torch.int8, (1, self.grid_size))
         if self.c:
-            blocks = _C.num_outlier_blocks(self.K)
+            blocks = _C.num_outlier_blocks(self.K, self.segment)
             found["weight_outlier_index"] = (torch.uint8, (N, blocks, self.c))
             found["weight_outlier_value"] = (torch.uint8, (N, blocks, self.c))
         if self.split:
@@ -87,9 +88,14 @@ class WeightSpec:
         """Stored bits per weight. ``weight_shape`` (16 bytes a matrix) is left out: a constant, not a rate."""
         return (self.stored_bits() - 128) / max(1, self.N * self.K)
 
-    def op_arguments(self) -> tuple[int, int, int, int, int, int, bool, str]:
-        """The trailing arguments of ``ops.linear`` and ``ops.unprepack``."""
-        return self.N, self.K, self.bits, self.group_size, self.c, self.grid_size, self.split, self.scale_dtype
+    def blocks(self) -> list[tuple[int, int]]:
+        """First column and end of every block of outliers and of the trellis."""
+        return _C.outlier_blocks(self.K, self.segment)
+
+    def op_arguments(self) -> tuple[int, int, int, int, int, int, bool, str, int]:
+        """What ``ops.linear`` and ``ops.unprepack`` want to know of the weight."""
+        numbers = (self.N, self.K, self.bits, self.group_size, self.c, self.grid_size)
+        return *numbers, self.split, self.scale_dtype, self.segment
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -108,7 +114,7 @@ class QTensor:
 
     def _arguments(self) -> tuple[Any, ...]:
         found = [self.tensors.get(PREFIX + name) for name in _ARGUMENTS]
-        return (*found, self.spec.K, self.spec.bits, self.spec.group_size)
+        return (*found, self.spec.K, self.spec.bits, self.spec.group_size, self.spec.segment)
 
     def dequantize(self) -> Tensor:
         """W' as float32 [N, K]."""
@@ -122,7 +128,7 @@ class QTensor:
         low = codes & 1
         before, previous = torch.zeros_like(low), torch.zeros_like(low)
         previous[:, 1:], before[:, 2:] = low[:, :-1], low[:, :-2]
-        for begin, _ in _C.outlier_blocks(self.spec.K):
+        for begin, _ in self.spec.blocks():
             previous[:, begin : begin + 1] = 0
             before[:, begin : begin + 2] = 0
         return 2 * (codes ^ before) + previous
@@ -194,7 +200,7 @@ class QTensor:
         value = self.tensors["weight_outlier_value"]
         if bool(((value & 0x7F) == 0x7F).any()):
             fail("weight_outlier_value", "must hold no NaN")
-        width = torch.tensor([end - begin for begin, end in _C.outlier_blocks(self.spec.K)], dtype=torch.int16)
+        width = torch.tensor([end - begin for begin, end in self.spec.blocks()], dtype=torch.int16)
         if bool((index >= width[None, :, None]).any()):
             fail("weight_outlier_index", "must lie inside its block")
         unused = (value & 0x7F) == 0

@@ -24,6 +24,7 @@ from precal_ext.headers import impossible_settings
 from precal_ext.measure import measure
 from precal_ext.model import find_linear_modules, read_format
 from precal_ext.qtensor import QTensor, WeightSpec
+from precal_ext.shards import why_not_by_columns, why_not_by_rows
 from precal_ext.survey import KEYS, Original, Recorded, Stored, quantized_modules, read_recorded, take_rows
 
 TP_SIZES = range(1, 65)
@@ -374,29 +375,6 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
 
 
 # ---- tensor parallelism ---------------------------------------------------------------------------------------------
-
-
-def why_not_by_columns(spec: WeightSpec, size: int) -> str:
-    """Why a weight cannot be cut into ``size`` slices of columns (row-parallel); "" when it can."""
-    part, rest = divmod(spec.K, size)
-    if rest:
-        return f"K = {spec.K} is no multiple of {size}"
-    if size > 1 and part % spec.group_size:
-        return f"a slice of {part} columns cuts a group of {spec.group_size}"
-    if size > 1 and part * spec.bits % 32:
-        return f"a slice of {part} codes of {spec.bits} bits ends inside an int32 word"
-    if size > 1 and spec.split and part % 8:
-        return f"a slice of {part} columns ends inside a byte of the mask"
-    if spec.c or spec.trellis:
-        begins = {begin for begin, _ in _C.outlier_blocks(spec.K)}
-        if any(part * i not in begins for i in range(1, size)):
-            return f"a slice of {part} columns cuts a block of 256"
-    return ""
-
-
-def why_not_by_rows(spec: WeightSpec, size: int) -> str:
-    """Why a weight cannot be cut into ``size`` slices of rows (column-parallel); "" when it can."""
-    return f"N = {spec.N} is no multiple of {size}" if spec.N % size else ""
 
 
 def tensor_parallel_sizes(specs: Mapping[str, WeightSpec]) -> dict[int, str]:

@@ -215,9 +215,9 @@ def unpack(s: Source) -> Arguments:
     return {"packed": s.bits_of(np.int32, N, ceil_div(K * bits, 32)), "bits": bits, "K": K}
 
 
-def outlier_blocks(K: int) -> list[int]:
+def outlier_blocks(K: int, segment: int = 0) -> list[int]:
     """Widths."""
-    segment = K // 8 if K >= 2048 and K % 256 == 0 else max(K, 1)
+    segment = segment or (K // 8 if K >= 2048 and K % 256 == 0 else max(K, 1))
     return [min(256, segment - b) for _ in range(K // segment) for b in range(0, segment, 256)]
 
 
@@ -225,7 +225,8 @@ def dequantize(s: Source) -> Arguments:
     """Any bits that the checks of a file may let through, and those it would not: indices past a block, NaN scales."""
     (N, K), bits = s.shape(), s.r.randrange(2, 9)
     group_size = s.group(K)
-    G, blocks, c = ceil_div(K, group_size), len(outlier_blocks(K)), s.one(0, 0, 1, 2, 16)
+    segment = s.one(0, 0, K, *(n for n in (32, 64, 256) if K and K % n == 0))
+    G, blocks, c = ceil_div(K, group_size), len(outlier_blocks(K, segment)), s.one(0, 0, 1, 2, 16)
     split = s.chance(0.15)
     c = 0 if split else c
     scale_dtype = s.one(np.uint8, np.uint8, np.float16)
@@ -242,6 +243,7 @@ def dequantize(s: Source) -> Arguments:
         "K": K,
         "bits": bits,
         "group_size": group_size,
+        "segment": segment,
     }
 
 
@@ -256,12 +258,14 @@ def numbers_of(a: Arguments) -> Arguments:
         "grid_size": 0 if a["grid"] is None else a["grid"].size,
         "split": a["outlier_mask"] is not None,
         "scale_dtype": "e4m3" if a["scale"].dtype == np.uint8 else "float16",
+        "segment": a.get("segment", 0),
     }
 
 
 def prepacked_bytes(s: Source) -> Arguments:
     a = numbers_of(dequantize(s))
-    return {**a, "N": s.one(a["N"], 2**30), "K": s.one(a["K"], 2**30)}
+    K = s.one(a["K"], 2**30)
+    return {**a, "N": s.one(a["N"], 2**30), "K": K, "segment": a["segment"] if a["K"] == K else s.one(0, 2**20)}
 
 
 def words_per_row(s: Source) -> Arguments:

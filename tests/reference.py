@@ -39,9 +39,10 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def outlier_blocks(K: int) -> list[tuple[int, int]]:
-    """[begin, end) of each block: 256 columns, restarting at every eighth of K where K is a multiple of 256."""
-    segment = K // 8 if K >= 2048 and K % 256 == 0 else K
+def outlier_blocks(K: int, segment: int = 0) -> list[tuple[int, int]]:
+    """[begin, end) of each block: 256 columns, restarting at every segment, by default every eighth of K where K is a
+    multiple of 256."""
+    segment = segment or (K // 8 if K >= 2048 and K % 256 == 0 else K)
     return [
         (begin, min(begin + 256, start + segment))
         for start in range(0, K, max(segment, 1))
@@ -223,13 +224,13 @@ def levels_of(grid: Tensor | None, bits: int) -> Tensor:
     return torch.arange(2**bits).double() - 2 ** (bits - 1) if grid is None else grid.flatten().double()
 
 
-def level_index(codes: Tensor, trellis: bool) -> Tensor:
+def level_index(codes: Tensor, trellis: bool, segment: int = 0) -> Tensor:
     """int64 [N, K]: the level of each code. In a trellis the two codes before it in its block have a say."""
     index = codes.long()
     if not trellis:
         return index
     result = torch.empty_like(index)
-    for begin, end in outlier_blocks(codes.shape[1]):
+    for begin, end in outlier_blocks(codes.shape[1], segment):
         state = torch.zeros(2, len(codes), dtype=torch.int64)  # low bits of the code before and of the one before that
         for k in range(begin, end):
             result[:, k] = 2 * (index[:, k] ^ state[1]) + state[0]
@@ -368,6 +369,7 @@ def dequantize(
     K: int,
     bits: int,
     group_size: int,
+    segment: int = 0,
 ) -> Tensor:
     """float32, to the bit: products and sums are exact in float64 here, so the two ``.float()`` are the two roundings
     of the format."""
@@ -377,9 +379,9 @@ def dequantize(
         salient = np.unpackbits(outlier_mask.numpy(), axis=1, bitorder="little")[:, :K].astype(bool)
         scales = torch.where(torch.from_numpy(salient), scale_values(outlier_scale)[:, columns], scales)
     levels = levels_of(grid, bits)
-    w = scales * levels[level_index(unpack(packed, bits, K), len(levels) == 2 ** (bits + 1))]
+    w = scales * levels[level_index(unpack(packed, bits, K), len(levels) == 2 ** (bits + 1), segment)]
     if outlier_index is not None:
-        for b, (begin, _) in enumerate(outlier_blocks(K)):
+        for b, (begin, _) in enumerate(outlier_blocks(K, segment)):
             for i in range(outlier_index.shape[2]):
                 k = begin + outlier_index[:, b, i].long()
                 w[torch.arange(len(w)), k] += OUTLIER_UNIT * e4m3_values()[outlier_value[:, b, i].long()]

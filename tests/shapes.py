@@ -91,23 +91,25 @@ class Weight(NamedTuple):
     K: int
     bits: int
     group_size: int
+    segment: int = 0
 
     @property
     def c(self) -> int:
         return 0 if self.outlier_index is None else self.outlier_index.shape[2]
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int, int, bool, str]:
+    def numbers(self) -> tuple[int, int, int, int, int, int, bool, str, int]:
         """What ``unprepack`` and ``linear`` take after their tensors."""
         scale_dtype = "e4m3" if self.scale.dtype == torch.uint8 else "float16"
         split = self.outlier_mask is not None
         grid_size = 0 if self.grid is None else self.grid.numel()
-        return (len(self.packed), self.K, self.bits, self.group_size, self.c, grid_size, split, scale_dtype)
+        numbers = (len(self.packed), self.K, self.bits, self.group_size, self.c, grid_size)
+        return *numbers, split, scale_dtype, self.segment
 
 
-def random_outliers(random: np.random.Generator, N: int, K: int, c: int) -> tuple[Tensor, Tensor]:
+def random_outliers(random: np.random.Generator, N: int, K: int, c: int, segment: int = 0) -> tuple[Tensor, Tensor]:
     """0 to c used entries per block, at strictly increasing positions; the rest 0."""
-    blocks = reference.outlier_blocks(K)
+    blocks = reference.outlier_blocks(K, segment)
     index, value = np.zeros((N, len(blocks), c), np.uint8), np.zeros((N, len(blocks), c), np.uint8)
     for n in range(N):
         for b, (begin, end) in enumerate(blocks):
@@ -129,6 +131,7 @@ def random_weight(
     split: bool = False,
     scale_dtype: str = "e4m3",
     trellis: bool = False,
+    segment: int = 0,
 ) -> Weight:
     """Any codes, scales of both signs (a few 0), any grid: more than the quantizer ever writes. W' is about 1."""
     random = np.random.default_rng(seed)
@@ -146,7 +149,7 @@ def random_weight(
     size = 2 ** min(bits + trellis, 8)
     levels = np.sort(random.integers(-127, 128, (1, size)).astype(np.int8))
     grid = None if uniform else torch.from_numpy(levels)
-    index, value = random_outliers(random, N, K, c) if c else (None, None)
+    index, value = random_outliers(random, N, K, c, segment) if c else (None, None)
     mask = torch.from_numpy(np.packbits(random.random((N, K)) < 0.1, axis=1, bitorder="little")) if split else None
     return Weight(
         reference.pack(codes, bits),
@@ -160,6 +163,7 @@ def random_weight(
         K,
         bits,
         group_size,
+        segment,
     )
 
 

@@ -108,6 +108,9 @@ WEIGHTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 2304, 4, 64, 1), {"trellis": True}),
     ((1, 11008, 4, 128, 1), {"trellis": True}),
     ((1, 11008, 3, 32, 1), {"trellis": True}),
+    ((2, 1536, 4, 64, 1), {"trellis": True, "segment": 768}),
+    ((1, 2752, 3, 32, 1), {"trellis": True, "segment": 1376}),
+    ((3, 640, 4, 64, 1), {"trellis": True, "segment": 320}),
     ((5, 300, 4, 16, 2), {"trellis": True}),
     ((5, 300, 3, 13, 1), {}),
     ((4, 130, 2, 32, 1), {"trellis": True}),
@@ -222,6 +225,7 @@ def test_a_row_of_y_depends_on_its_row_of_x_alone(gpu: emulator.Emulated) -> Non
         (40, 9, 301, 4, 128, 0, torch.bfloat16, {}),  # K % 8: no copies of 16 bytes
         (20, 20, 2304, 4, 128, 1, torch.bfloat16, {"trellis": True}),
         (17, 20, 2304, 3, 32, 1, torch.float16, {"trellis": True}),
+        (17, 20, 1280, 4, 64, 1, torch.bfloat16, {"trellis": True, "segment": 640}),
         (66, 16, 128, 4, 64, 0, torch.bfloat16, {"uniform": True, "scale_dtype": "float16"}),
         (18, 16, 0, 4, 64, 0, torch.float16, {}),
     ],

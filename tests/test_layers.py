@@ -40,6 +40,7 @@ ORDER = [
     "config",
     "grids",
     "qtensor",
+    "shards",
     "salience",
     "measure",
     "quantize",

@@ -107,7 +107,11 @@ def test_bytes_depend_on_neither_isa_nor_threads() -> None:
 WEIGHT = shapes.random_weight(0, 17, 300, 4, 64, c=1)
 PREPACKED = ops.prepack(*WEIGHT)
 NUMBERS = dict(
-    zip(["N", "K", "bits", "group_size", "c", "grid_size", "split", "scale_dtype"], WEIGHT.numbers, strict=True)
+    zip(
+        ["N", "K", "bits", "group_size", "c", "grid_size", "split", "scale_dtype", "segment"],
+        WEIGHT.numbers,
+        strict=True,
+    )
 )
 
 
@@ -157,12 +161,15 @@ def call(name: str, prepacked: Tensor, **changes) -> None:
             PREPACKED,
             {"N": 18},
             ValueError,
-            "prepacked must come from prepack() with the same N, K, bits, group_size, c and grid_size",
+            "prepacked must come from prepack() with the same N, K, bits, group_size, c, grid_size and segment",
         ),
         (PREPACKED, {"grid_size": 0}, ValueError, "prepacked must come from prepack() with the same"),
         (PREPACKED, {"group_size": 65}, ValueError, "prepacked must be ["),
         (torch.zeros_like(PREPACKED), {}, ValueError, "prepacked must come from prepack()"),
-        *[(flipped(byte), {}, ValueError, "its header says otherwise") for byte in (0, 4, 6, 7, 8, 16, 24, 32, 36, 40)],
+        *[
+            (flipped(byte), {}, ValueError, "its header says otherwise")
+            for byte in (0, 4, 6, 7, 8, 16, 24, 32, 36, 40, 48)
+        ],
     ],
 )
 def test_errors(name: str, prepacked: Tensor, changes: dict, error: type[Exception], message: str) -> None:

@@ -22,14 +22,13 @@ from torch import Tensor
 from precal_ext import _C, QuantizeConfig, cli, quantize_checkpoint
 from precal_ext.checkpoint import INDEX_NAME
 from precal_ext.qtensor import WeightSpec
+from precal_ext.shards import why_not_by_columns, why_not_by_rows
 from precal_ext.verify import (
     LOAD_WARNING,
     TP_SIZES,
     Verification,
     tensor_parallel_sizes,
     verify,
-    why_not_by_columns,
-    why_not_by_rows,
 )
 
 pytest.importorskip("transformers")

@@ -80,10 +80,16 @@ std::string cpu_isa() {
   return cpu::kernels().name;
 }
 
-py::list outlier_block_ranges(int64_t K) {
-  if (K < 0 || K > (int64_t(1) << 30))
-    throw py::value_error(concat("outlier_blocks: K must lie in [0, 2^30], got ", K));
-  const format::OutlierBlocks blocks = format::outlier_blocks(K);
+format::OutlierBlocks checked_blocks(const char* name, int64_t K, int64_t segment) {
+  if (K < 0 || K > (int64_t(1) << 30)) {
+    throw py::value_error(concat(name, ": K must lie in [0, 2^30], got ", K));
+  }
+  check(cpu::check_segment(name, segment, K));
+  return format::outlier_blocks(K, segment);
+}
+
+py::list outlier_block_ranges(int64_t K, int64_t segment) {
+  const format::OutlierBlocks blocks = checked_blocks("outlier_blocks", K, segment);
   py::list ranges;
   for (int64_t b = 0; b < blocks.num_blocks; ++b) {
     ranges.append(py::make_tuple(format::block_begin(blocks, b), format::block_end(blocks, b)));
@@ -106,8 +112,16 @@ PYBIND11_MODULE(_C, m) {
       "Use another instruction set from now on; an empty name returns to the automatic choice.");
   m.def("set_num_threads", &set_pool_threads, py::arg("n"), "Threads of this module's own pool, n >= 1.");
   m.def("get_num_threads", &pool_threads);
-  m.def("outlier_blocks", &outlier_block_ranges, py::arg("K"), "[(begin, end)] of the outlier blocks of a row.");
-  m.def("num_outlier_blocks", [](int64_t K) { return format::outlier_blocks(K).num_blocks; }, py::arg("K"));
+  m.def("outlier_blocks", &outlier_block_ranges, py::arg("K"), py::arg("segment") = 0,
+        "[(begin, end)] of the outlier blocks of a row.");
+  m.def(
+      "num_outlier_blocks",
+      [](int64_t K, int64_t segment) { return checked_blocks("num_outlier_blocks", K, segment).num_blocks; },
+      py::arg("K"), py::arg("segment") = 0);
+  m.def(
+      "outlier_segment",
+      [](int64_t K, int64_t segment) { return checked_blocks("outlier_segment", K, segment).segment; }, py::arg("K"),
+      py::arg("segment") = 0, "Columns after which the blocks of a row start anew.");
   m.def(
       "words_per_row",
       [](int64_t K, int bits) {
@@ -124,7 +138,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         name,
         [name, bytes](int64_t N, int64_t K, int bits, int64_t group_size, int c, int grid_size, bool split,
-                      const std::string& scale_dtype) {
+                      const std::string& scale_dtype, int64_t segment) {
           constexpr int64_t kLimit = int64_t(1) << 30;
           if (N < 0 || N > kLimit || K < 0 || K > kLimit || group_size < 1 || group_size > kLimit || bits < 2 ||
               bits > 8 || c < 0 || c > format::kMaxCapacity || !format::grid_size_fits(grid_size, bits)) {
@@ -138,6 +152,8 @@ PYBIND11_MODULE(_C, m) {
           format::WeightFormat f;
           f.N = N;
           f.K = K;
+          check(cpu::check_segment(name, segment, K));
+          f.segment = segment;
           f.bits = bits;
           f.group_size = group_size;
           f.c = c;
@@ -147,7 +163,7 @@ PYBIND11_MODULE(_C, m) {
           return bytes(f);
         },
         doc, py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"), py::arg("grid_size"),
-        py::arg("split"), py::arg("scale_dtype"));
+        py::arg("split"), py::arg("scale_dtype"), py::arg("segment") = 0);
   };
   define_prepacked_bytes(
       "prepacked_bytes", [](const format::WeightFormat& f) { return format::tile_layout(f).total_bytes; },
@@ -265,54 +281,55 @@ PYBIND11_MODULE(_C, m) {
       "dequantize",
       [](const py::object& packed, const py::object& scale, const py::object& row_scale, const py::object& grid,
          const py::object& outlier_index, const py::object& outlier_value, const py::object& outlier_scale,
-         const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+         const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
         const Call call{"dequantize"};
         std::array<Borrowed, 8> list;
         return call.run(
             cpu::Dequantize{weight_tensors(call, &list, packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                           outlier_scale, outlier_mask, K, bits, group_size)});
+                                           outlier_scale, outlier_mask, K, bits, group_size, segment)});
       },
       py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
       py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),
-      py::arg("group_size"));
+      py::arg("group_size"), py::arg("segment") = 0);
   m.def(
       "prepack",
       [](const py::object& packed, const py::object& scale, const py::object& row_scale, const py::object& grid,
          const py::object& outlier_index, const py::object& outlier_value, const py::object& outlier_scale,
-         const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+         const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
         const Call call{"prepack"};
         std::array<Borrowed, 8> list;
-        return call.run(cpu::Prepack{weight_tensors(call, &list, packed, scale, row_scale, grid, outlier_index,
-                                                    outlier_value, outlier_scale, outlier_mask, K, bits, group_size)});
+        return call.run(
+            cpu::Prepack{weight_tensors(call, &list, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                        outlier_scale, outlier_mask, K, bits, group_size, segment)});
       },
       py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
       py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),
-      py::arg("group_size"));
+      py::arg("group_size"), py::arg("segment") = 0);
   m.def(
       "unprepack",
       [](const py::object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c,
-         int64_t grid_size, bool split, const std::string& scale_dtype) {
+         int64_t grid_size, bool split, const std::string& scale_dtype, int64_t segment) {
         const Call call{"unprepack"};
         const Borrowed a = call.prepacked(prepacked);
-        return call.run(
-            cpu::Unprepack{cpu::PrepackedWeight{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}});
+        return call.run(cpu::Unprepack{
+            cpu::PrepackedWeight{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment}});
       },
       py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
-      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"));
+      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), py::arg("segment") = 0);
   m.def(
       "linear",
       [](const py::object& x, const py::object& prepacked, const py::object& bias, int64_t N, int64_t K, int64_t bits,
-         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype,
+         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype, int64_t segment,
          const std::string& activations) {
         const Call call{"linear"};
         const Borrowed a = call.tensor("x", x), b = call.prepacked(prepacked), d = call.optional("bias", bias);
-        return call.run(
-            cpu::Linear{a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype},
-                        d.view, activations});
+        return call.run(cpu::Linear{
+            a.view, cpu::PrepackedWeight{b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment},
+            d.view, activations});
       },
       py::arg("x"), py::arg("prepacked"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("bits"),
       py::arg("group_size"), py::arg("c"), py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"),
-      py::arg("activations") = "a16");
+      py::arg("segment") = 0, py::arg("activations") = "a16");
 }
 
 }  // namespace

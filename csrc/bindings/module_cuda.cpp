@@ -248,16 +248,17 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
         name,
         [name, make](const object& packed, const object& scale, const object& row_scale, const object& grid,
                      const object& index, const object& value, const object& other, const object& mask, int64_t K,
-                     int64_t bits, int64_t group_size, const object& out, const object& workspace, uintptr_t stream) {
+                     int64_t bits, int64_t group_size, int64_t segment, const object& out, const object& workspace,
+                     uintptr_t stream) {
           const Call call{name, stream};
           std::array<Borrowed, 8> list;
           call.run(make(weight_tensors(call, &list, packed, scale, row_scale, grid, index, value, other, mask, K, bits,
-                                       group_size)),
+                                       group_size, segment)),
                    out, workspace);
         },
         py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"), py::arg("outlier_index"),
         py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),
-        py::arg("group_size"), PRECAL_ENDING);
+        py::arg("group_size"), py::arg("segment") = 0, PRECAL_ENDING);
   };
   define_weight_op("dequantize", [](const cpu::WeightTensors& w) { return gpu::Dequantize{{w}, {}}; });
   define_weight_op("prepack", [](const cpu::WeightTensors& w) { return gpu::Prepack{w}; });
@@ -265,28 +266,31 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
   m.def(
       "unprepack",
       [](const object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, int64_t grid_size,
-         bool split, const std::string& scale_dtype, const object& out, const object& workspace, uintptr_t stream) {
+         bool split, const std::string& scale_dtype, int64_t segment, const object& out, const object& workspace,
+         uintptr_t stream) {
         const Call call{"unprepack", stream};
         const Borrowed a = call.tensor("prepacked", prepacked);
-        call.run(gpu::Unprepack{{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}}, out, workspace);
+        call.run(gpu::Unprepack{{a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment}}, out,
+                 workspace);
       },
       py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
-      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), PRECAL_ENDING);
+      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), py::arg("segment") = 0, PRECAL_ENDING);
 
   m.def(
       "linear",
       [](const object& x, const object& prepacked, const object& bias, int64_t N, int64_t K, int64_t bits,
-         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype,
+         int64_t group_size, int64_t c, int64_t grid_size, bool split, const std::string& scale_dtype, int64_t segment,
          const std::string& activations, const object& out, const object& workspace, uintptr_t stream) {
         const Call call{"linear", stream};
         const Borrowed a = call.tensor("x", x), b = call.tensor("prepacked", prepacked),
                        v = call.optional("bias", bias);
-        call.run(
-            gpu::Linear{
-                a.view, {b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype}, v.view, activations},
-            out, workspace);
+        call.run(gpu::Linear{a.view,
+                             {b.view, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment},
+                             v.view,
+                             activations},
+                 out, workspace);
       },
       py::arg("x"), py::arg("prepacked"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("bits"),
       py::arg("group_size"), py::arg("c"), py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"),
-      py::arg("activations") = "a16", PRECAL_ENDING);
+      py::arg("segment") = 0, py::arg("activations") = "a16", PRECAL_ENDING);
 }

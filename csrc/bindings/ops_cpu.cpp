@@ -102,7 +102,8 @@ Tensor unpack(const Tensor& packed, int64_t bits, int64_t K) {
 WeightTensors weight_tensors(const Call& call, const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
                              const MaybeTensor& grid, const MaybeTensor& outlier_index,
                              const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
-                             const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+                             const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size,
+                             int64_t segment) {
   return {call.view("packed", packed),
           call.view("scale", scale),
           call.view("row_scale", row_scale),
@@ -113,48 +114,47 @@ WeightTensors weight_tensors(const Call& call, const Tensor& packed, const Tenso
           call.view("outlier_mask", outlier_mask),
           K,
           bits,
-          group_size};
+          group_size,
+          segment};
 }
 
 Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                   MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
-                  MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+                  MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
   const Call call{"dequantize"};
   return call.run(cpu::Dequantize{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                                 outlier_scale, outlier_mask, K, bits, group_size)},
+                                                 outlier_scale, outlier_mask, K, bits, group_size, segment)},
                   packed)[0];
 }
 
 Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
-               MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+               MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
   const Call call{"prepack"};
   return call.run(cpu::Prepack{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                              outlier_scale, outlier_mask, K, bits, group_size)},
+                                              outlier_scale, outlier_mask, K, bits, group_size, segment)},
                   packed)[0];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t N,
-                                                                                     int64_t K, int64_t bits,
-                                                                                     int64_t group_size, int64_t c,
-                                                                                     int64_t grid_size, bool split,
-                                                                                     std::string scale_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(
+    const Tensor& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, int64_t grid_size,
+    bool split, std::string scale_dtype, int64_t segment) {
   const Call call{"unprepack"};
   return run_tuple(call,
                    cpu::Unprepack{PrepackedWeight{call.view("prepacked", prepacked), N, K, bits, group_size, c,
-                                                  grid_size, split, scale_dtype}},
+                                                  grid_size, split, scale_dtype, segment}},
                    prepacked);
 }
 
 // x may be strided: activations often are, and a copy of them is small beside the weight.
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
-              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype,
+              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype, int64_t segment,
               std::string activations) {
   const Call call{"linear"};
   const Tensor rows = torch::stable::contiguous(x);
   return call.run(cpu::Linear{call.view("x", rows),
                               PrepackedWeight{call.view("prepacked", prepacked), N, K, bits, group_size, c, grid_size,
-                                              split, scale_dtype},
+                                              split, scale_dtype, segment},
                               call.view("bias", bias), activations},
                   x)[0];
 }

@@ -143,7 +143,8 @@ Tensor unpack(const Tensor& packed, int64_t bits, int64_t K) {
 cpu::WeightTensors weight_tensors(const DeviceCall& call, const Tensor& packed, const Tensor& scale,
                                   const Tensor& row_scale, const MaybeTensor& grid, const MaybeTensor& outlier_index,
                                   const MaybeTensor& outlier_value, const MaybeTensor& outlier_scale,
-                                  const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+                                  const MaybeTensor& outlier_mask, int64_t K, int64_t bits, int64_t group_size,
+                                  int64_t segment) {
   return {call.tensor("packed", packed),
           call.tensor("scale", scale),
           call.tensor("row_scale", row_scale),
@@ -154,47 +155,46 @@ cpu::WeightTensors weight_tensors(const DeviceCall& call, const Tensor& packed, 
           call.optional("outlier_mask", outlier_mask),
           K,
           bits,
-          group_size};
+          group_size,
+          segment};
 }
 
 Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                   MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
-                  MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+                  MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
   const DeviceCall call("dequantize", packed);
   return call.run(gpu::Dequantize{{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                                  outlier_scale, outlier_mask, K, bits, group_size)},
+                                                  outlier_scale, outlier_mask, K, bits, group_size, segment)},
                                   {}})[0];
 }
 
 Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
-               MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size) {
+               MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
   const DeviceCall call("prepack", packed);
   return call.run(gpu::Prepack{weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
-                                              outlier_scale, outlier_mask, K, bits, group_size)})[0];
+                                              outlier_scale, outlier_mask, K, bits, group_size, segment)})[0];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(const Tensor& prepacked, int64_t N,
-                                                                                     int64_t K, int64_t bits,
-                                                                                     int64_t group_size, int64_t c,
-                                                                                     int64_t grid_size, bool split,
-                                                                                     std::string scale_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unprepack(
+    const Tensor& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, int64_t grid_size,
+    bool split, std::string scale_dtype, int64_t segment) {
   const DeviceCall call("unprepack", prepacked);
-  return call.run_tuple(
-      gpu::Unprepack{{call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype}});
+  return call.run_tuple(gpu::Unprepack{
+      {call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype, segment}});
 }
 
 // x may be strided: activations often are, and a copy of them is small beside the weight.
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
-              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype,
+              int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype, int64_t segment,
               std::string activations) {
   const DeviceCall call("linear", x);
   const Tensor rows = torch::stable::contiguous(x);
-  return call.run(
-      gpu::Linear{call.tensor("x", rows),
-                  {call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype},
-                  call.optional("bias", bias),
-                  activations})[0];
+  return call.run(gpu::Linear{
+      call.tensor("x", rows),
+      {call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype, segment},
+      call.optional("bias", bias),
+      activations})[0];
 }
 
 }  // namespace

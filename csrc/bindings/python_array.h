@@ -207,7 +207,7 @@ cpu::WeightTensors weight_tensors(const Call& call, std::array<Borrowed, 8>* lis
                                   const py::object& scale, const py::object& row_scale, const py::object& grid,
                                   const py::object& outlier_index, const py::object& outlier_value,
                                   const py::object& outlier_scale, const py::object& outlier_mask, int64_t K,
-                                  int64_t bits, int64_t group_size) {
+                                  int64_t bits, int64_t group_size, int64_t segment) {
   auto& b = *list;
   b = {call.tensor("packed", packed),
        call.tensor("scale", scale),
@@ -217,7 +217,8 @@ cpu::WeightTensors weight_tensors(const Call& call, std::array<Borrowed, 8>* lis
        call.optional("outlier_value", outlier_value),
        call.optional("outlier_scale", outlier_scale),
        call.optional("outlier_mask", outlier_mask)};
-  return {b[0].view, b[1].view, b[2].view, b[3].view, b[4].view, b[5].view, b[6].view, b[7].view, K, bits, group_size};
+  return {b[0].view, b[1].view, b[2].view, b[3].view, b[4].view,  b[5].view,
+          b[6].view, b[7].view, K,         bits,      group_size, segment};
 }
 
 }  // namespace precal::bindings

@@ -30,18 +30,19 @@ STABLE_TORCH_LIBRARY(precal, m) {
   m.def("unpack(Tensor packed, int bits, int K) -> Tensor");
   m.def(
       "dequantize(Tensor packed, Tensor scale, Tensor row_scale, Tensor? grid, Tensor? outlier_index,"
-      " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size)"
-      " -> Tensor");
+      " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size,"
+      " int segment=0) -> Tensor");
   // execution
   m.def(
       "prepack(Tensor packed, Tensor scale, Tensor row_scale, Tensor? grid, Tensor? outlier_index,"
-      " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size)"
-      " -> Tensor");
+      " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size,"
+      " int segment=0) -> Tensor");
   m.def(
       "unprepack(Tensor prepacked, int N, int K, int bits, int group_size, int c, int grid_size, bool split,"
-      " str scale_dtype) -> (Tensor packed, Tensor scale, Tensor row_scale, Tensor grid, Tensor outlier_index,"
+      " str scale_dtype, int segment=0) -> (Tensor packed, Tensor scale, Tensor row_scale, Tensor grid, Tensor "
+      "outlier_index,"
       " Tensor outlier_value, Tensor outlier_scale, Tensor outlier_mask)");
   m.def(
       "linear(Tensor x, Tensor prepacked, Tensor? bias, int N, int K, int bits, int group_size, int c, int grid_size,"
-      " bool split, str scale_dtype, str activations=\"a16\") -> Tensor");
+      " bool split, str scale_dtype, int segment=0, str activations=\"a16\") -> Tensor");
 }

@@ -10,7 +10,7 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 static void dequantize_rows(const DequantizeArgs& args, int64_t row_begin, int64_t row_end) {
   const format::WeightFormat& f = args.format;
   const int64_t words = format::num_words(f), groups = format::num_groups(f);
-  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(f);
   const bool trellis = format::is_trellis(f);
   for (int64_t n = row_begin; n < row_end; ++n) {
     const uint32_t* row = args.packed + n * words;

@@ -88,7 +88,7 @@ inline int64_t segment_end(const format::WeightFormat& f, const format::OutlierB
 }
 
 inline int64_t longest_segment(const format::WeightFormat& f) {
-  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(f);
   int64_t longest = 0;
   for (int64_t begin = 0; begin < f.K;) {
     const int64_t end = segment_end(f, blocks, begin);

@@ -144,7 +144,7 @@ static void accumulate(const float* x, int64_t x_stride, const float* panel, int
 
 static void linear_tiles(const LinearArgs& args, int64_t tile_begin, int64_t tile_end, float* scratch) {
   const format::WeightFormat& f = args.format;
-  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(f);
   const auto dequantize = panel_dequantizer(f);
   float* panel = scratch;
   float* sums = scratch + format::kBlock * kTile;

@@ -51,7 +51,7 @@ static const float* outlier_values() {
 template <int kTokens>
 static void outliers_of_tokens(const LinearArgs& args, const uint8_t* tile, int64_t m0, float* y) {
   const format::WeightFormat& f = args.format;
-  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(f);
   const float* x = args.q.transposed + m0 * f.K;
   float sums[kTileLanes][kTokens] = {};
   const float* value_of = outlier_values();

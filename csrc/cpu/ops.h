@@ -126,10 +126,13 @@ struct Unpack {
 // that a lookup by 4 or 5 bits needs no masking. Refuses levels out of order or range.
 Status make_levels(const char* op, const TensorView& grid, int bits, float* levels);
 
+// Columns after which the blocks of outliers and of the trellis start anew: 0, or what kernels can do with.
+Status check_segment(const char* op, int64_t segment, int64_t K);
+
 // The canonical tensors of one weight, as dequantize and prepack take them.
 struct WeightTensors {
   TensorView packed, scale, row_scale, grid, outlier_index, outlier_value, outlier_scale, mask;
-  int64_t K, bits, group_size;
+  int64_t K, bits, group_size, segment = 0;
   // Checks every tensor against the integers and fills `f`.
   Status check(const char* op, format::WeightFormat* f) const;
 };
@@ -154,6 +157,7 @@ struct PrepackedWeight {
   int64_t N, K, bits, group_size, c, grid_size;
   bool split;
   std::string scale_dtype;
+  int64_t segment = 0;
   // What holds on every device: dtype and strides of `data`, ranges of the integers. Fills `f`.
   Status check_numbers(const char* op, format::WeightFormat* f) const;
   // And what holds on the CPU: the size, the header.

@@ -32,6 +32,7 @@ PrepackedHeader make_header(const WeightFormat& f) {
   h.c = f.c;
   h.grid_size = uint32_t(f.grid_size);
   h.total_bytes = format::tile_layout(f).total_bytes;
+  h.segment = format::outlier_blocks(f).segment;
   return h;
 }
 
@@ -117,7 +118,7 @@ struct IntegerRows {
 
     uint32_t* kept = memory.as<uint32_t>(keep);
     std::fill_n(kept, t.num_chunks, 0xFFFFFFFFu);
-    const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+    const format::OutlierBlocks blocks = format::outlier_blocks(f);
     for (int64_t b = 0; b < blocks.num_blocks; ++b) {
       const int64_t k = format::block_begin(blocks, b), j = k % t.chunk / (t.chunk / 4);
       kept[k / t.chunk] &= ~(0xFFu << (8 * j));
@@ -216,6 +217,7 @@ Status PrepackedWeight::check_numbers(const char* op, WeightFormat* f) const {
   if (scale_dtype != "e4m3" && scale_dtype != "float16") {
     return invalid_value(op, ": scale_dtype must be e4m3 or float16, got ", quoted(scale_dtype));
   }
+  PRECAL_RETURN_IF_ERROR(check_segment(op, segment, K));
   f->N = N;
   f->K = K;
   f->bits = int(bits);
@@ -224,6 +226,7 @@ Status PrepackedWeight::check_numbers(const char* op, WeightFormat* f) const {
   f->grid_size = int(grid_size);
   f->split = split;
   f->scale_type = scale_dtype == "e4m3" ? ScaleType::kE4m3 : ScaleType::kFloat16;
+  f->segment = segment;
   return {};
 }
 
@@ -236,10 +239,9 @@ Status PrepackedWeight::check(const char* op, WeightFormat* f) const {
                          ", group_size=", group_size, ", c=", c, ", grid_size=", grid_size, ", got ", shape_text(data));
   }
   if (data.data == nullptr || std::memcmp(data.data, &want, sizeof(want)) != 0) {
-    return invalid_value(
-        op,
-        ": prepacked must come from prepack() with the same N, K, bits, group_size, c and grid_size; its "
-        "header says otherwise");
+    return invalid_value(op,
+                         ": prepacked must come from prepack() with the same N, K, bits, group_size, c, grid_size and "
+                         "segment; its header says otherwise");
   }
   return {};
 }

@@ -259,6 +259,11 @@ Status Unpack::run(const TensorView* out) const {
   return {};
 }
 
+Status check_segment(const char* op, int64_t segment, int64_t K) {
+  if (format::segment_fits(segment, K)) return {};
+  return invalid_value(op, ": segment must be 0, K or a divisor of K that 32 divides, got ", segment, " for K=", K);
+}
+
 Status WeightTensors::check(const char* op, WeightFormat* f) const {
   PRECAL_RETURN_IF_ERROR(kernels_status());
   PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
@@ -266,11 +271,13 @@ Status WeightTensors::check(const char* op, WeightFormat* f) const {
   PRECAL_RETURN_IF_ERROR(check_columns(op, K));
   if (packed.ndim != 2) return invalid_value(op, ": packed must be [N, words], got ", shape_text(packed));
   const int64_t N = packed.shape[0], groups = ceil_div(K, group_size);
-  const int64_t blocks = format::outlier_blocks(K).num_blocks;
+  PRECAL_RETURN_IF_ERROR(check_segment(op, segment, K));
+  const int64_t blocks = format::outlier_blocks(K, segment).num_blocks;
   f->N = N;
   f->K = K;
   f->bits = int(bits);
   f->group_size = group_size;
+  f->segment = segment;
   PRECAL_RETURN_IF_ERROR(check_tensor(op, "packed", packed, {DType::kInt32, {N, format::words_per_row(K, int(bits))}},
                                       "(N, ceil(K*bits/32))"));
   PRECAL_RETURN_IF_ERROR(check_dtype(op, "scale", scale, {DType::kUInt8, DType::kFloat16}));

@@ -31,7 +31,7 @@ PRECAL_FORCE_INLINE __m512 load_scales(const uint8_t* scale, int64_t group, form
 // Calls entry(first column of the block, 16 indices inside it, U * value or 0) for every entry of 16 rows.
 template <typename Entry>
 PRECAL_FORCE_INLINE void for_each_outlier(const LinearArgs& args, const uint8_t* tile, const Entry& entry) {
-  const format::OutlierBlocks blocks = format::outlier_blocks(args.format.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(args.format);
   const int64_t c = args.format.c;
   const uint8_t *values = tile + args.layout.outlier_value, *indices = tile + args.layout.outlier_index;
   // The blocks of outlier_blocks.h, without its divisions.

@@ -177,7 +177,7 @@ struct RowQuantizer {
         group_size(f.group_size),
         groups(format::num_groups(f)),
         stride(padded_group(f)),
-        blocks(format::outlier_blocks(f.K)),
+        blocks(format::outlier_blocks(f)),
         num_levels(f.grid_size > 0 ? f.grid_size : 1 << f.bits) {
     const float low = args.levels[0], top = args.levels[num_levels - 1];
     peak = (!args.symmetric && abs_float(low) > abs_float(top)) ? low : top;

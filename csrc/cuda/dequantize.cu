@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeParams p
     levels.of[u] = f.grid_size == 0 ? float(u - (1 << (f.bits - 1))) : u < f.grid_size ? float(w.grid[u]) : 0.0f;
   }
   __syncthreads();
-  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(f);
   const int64_t words = format::num_words(f), groups = format::num_groups(f),
                 mask_bytes = format::mask_bytes_per_row(f);
   const int64_t pieces = ceil_div(f.K, kColumns), all = f.N * pieces;

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) linear_any_kernel(LinearParams p) {
     s.levels[u] = f.grid_size == 0 ? float(u - (1 << (f.bits - 1))) : u < f.grid_size ? float(grid[u]) : 0.0f;
   }
   __syncthreads();
-  const format::OutlierBlocks blocks = format::outlier_blocks(f.K);
+  const format::OutlierBlocks blocks = format::outlier_blocks(f);
   const int64_t n = blockIdx.x, first = int64_t(blockIdx.y) * kTokens;
   const int tokens = int(p.M - first < kTokens ? p.M - first : kTokens);
   float sums[kTokens] = {};

@@ -359,7 +359,7 @@ Status launch_tokens(const LargeParams& p, cudaStream_t stream) {
 }  // namespace
 
 Status launch_linear_large(const LinearParams& all, const LinearConfig& config, cudaStream_t stream) {
-  LargeParams p{all, config, format::outlier_blocks(all.format.K)};
+  LargeParams p{all, config, format::outlier_blocks(all.format)};
   const bool half = all.x_dtype == DType::kFloat16;
   const auto run = all.format.bits == 4 ? half ? launch_tokens<4, true> : launch_tokens<4, false>
                    : half               ? launch_tokens<3, true>

@@ -386,7 +386,7 @@ Status launch_type(const SmallParams& p, cudaStream_t stream) {
 }  // namespace
 
 Status launch_linear_small(const LinearParams& all, const LinearConfig& config, cudaStream_t stream) {
-  SmallParams p{all, config, format::outlier_blocks(all.format.K)};
+  SmallParams p{all, config, format::outlier_blocks(all.format)};
   const int64_t row_bytes = all.format.K * dtype_bytes(all.x_dtype);
   const bool half = all.x_dtype == DType::kFloat16;
   const auto run = all.format.bits == 4 ? half ? launch_type<4, true> : launch_type<4, false>

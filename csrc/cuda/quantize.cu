@@ -212,7 +212,7 @@ QuantizeKernelParams kernel_params(const QuantizeParams& q, int64_t* bytes) {
   const format::WeightFormat& f = q.format;
   QuantizeKernelParams p{};
   p.q = q;
-  p.blocks = format::outlier_blocks(f.K);
+  p.blocks = format::outlier_blocks(f);
   p.group_size = f.group_size < f.K ? f.group_size : f.K > 0 ? f.K : 1;
   p.groups = format::num_groups(f);
   p.mask_words = ceil_div(f.K, 32);

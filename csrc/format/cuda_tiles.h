@@ -92,6 +92,7 @@ PRECAL_INLINE PrepackedHeader cuda_header(const WeightFormat& f) {
   h.c = f.c;
   h.grid_size = uint32_t(f.grid_size);
   h.total_bytes = cuda_layout(f).total_bytes;
+  h.segment = outlier_blocks(f).segment;
   return h;
 }
 

@@ -5,6 +5,8 @@
 //
 //   K = 11008, K % 256 == 0:  segment = K/8 = 1376 columns = 5 blocks of 256 + one of 96;  8 segments = 48 blocks
 //   K < 2048 or K % 256 != 0: one segment of K columns, the last block short
+//
+// A shard of a longer row has that row's segments: they are then given, not taken from its own K.
 #pragma once
 
 #include "core/numeric.h"
@@ -18,12 +20,18 @@ struct OutlierBlocks {
   int64_t segment, blocks_per_segment, num_blocks;
 };
 
-PRECAL_INLINE OutlierBlocks outlier_blocks(int64_t K) {
+// `segment`: 0, or as segment_fits() has it.
+PRECAL_INLINE OutlierBlocks outlier_blocks(int64_t K, int64_t segment = 0) {
   OutlierBlocks b;
-  b.segment = (K >= kSegments * kBlock && K % kBlock == 0) ? K / kSegments : K;
+  b.segment = segment > 0 ? segment : (K >= kSegments * kBlock && K % kBlock == 0) ? K / kSegments : K;
   b.blocks_per_segment = b.segment > 0 ? ceil_div(b.segment, kBlock) : 1;
   b.num_blocks = b.segment > 0 ? (K / b.segment) * b.blocks_per_segment : 0;
   return b;
+}
+
+// Kernels restart a trellis at multiples of 32 columns only.
+PRECAL_INLINE bool segment_fits(int64_t segment, int64_t K) {
+  return segment == 0 || segment == K || (segment > 0 && segment % 32 == 0 && K % segment == 0);
 }
 
 PRECAL_INLINE int64_t block_begin(const OutlierBlocks& b, int64_t block) {

@@ -35,7 +35,8 @@ struct PrepackedHeader {
   int32_t c;
   uint32_t grid_size;
   int64_t total_bytes;
-  uint8_t reserved[16];
+  int64_t segment;  // columns after which blocks start anew, never 0 unless K is
+  uint8_t reserved[8];
 };
 static_assert(sizeof(PrepackedHeader) == 64, "the header is one cache line");
 

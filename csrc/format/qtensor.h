@@ -46,6 +46,7 @@ struct WeightFormat {
   int grid_size = 0;   // levels: 0 (uniform), 2^bits, or 2^(bits+1) (trellis)
   bool split = false;  // outlier_scale and mask instead of outlier entries
   ScaleType scale_type = ScaleType::kE4m3;
+  int64_t segment = 0;  // columns after which blocks start anew; 0: as K says (outlier_blocks.h)
 };
 
 PRECAL_INLINE bool is_uniform(const WeightFormat& f) { return f.grid_size == 0; }
@@ -55,7 +56,8 @@ PRECAL_INLINE bool grid_size_fits(int64_t size, int bits) {
 }
 PRECAL_INLINE int64_t num_groups(const WeightFormat& f) { return ceil_div(f.K, f.group_size); }
 PRECAL_INLINE int64_t num_words(const WeightFormat& f) { return words_per_row(f.K, f.bits); }
-PRECAL_INLINE int64_t num_blocks(const WeightFormat& f) { return outlier_blocks(f.K).num_blocks; }
+PRECAL_INLINE OutlierBlocks outlier_blocks(const WeightFormat& f) { return outlier_blocks(f.K, f.segment); }
+PRECAL_INLINE int64_t num_blocks(const WeightFormat& f) { return outlier_blocks(f).num_blocks; }
 PRECAL_INLINE int64_t mask_bytes_per_row(const WeightFormat& f) { return ceil_div(f.K, 8); }
 
 PRECAL_INLINE float load_scale(const void* scale, int64_t index, ScaleType type) {

@@ -1,0 +1,64 @@
+"""Slices of a quantized weight for tensor parallelism: which there are, and what each is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from precal_ext import _C
+from precal_ext.qtensor import QTensor, WeightSpec
+
+
+def why_not_by_columns(spec: WeightSpec, size: int) -> str:
+    """Why a weight cannot be cut into ``size`` slices of columns (row-parallel); "" when it can."""
+    part, rest = divmod(spec.K, size)
+    if rest:
+        return f"K = {spec.K} is no multiple of {size}"
+    if size > 1 and part % spec.group_size:
+        return f"a slice of {part} columns cuts a group of {spec.group_size}"
+    if size > 1 and part * spec.bits % 32:
+        return f"a slice of {part} codes of {spec.bits} bits ends inside an int32 word"
+    if size > 1 and spec.split and part % 8:
+        return f"a slice of {part} columns ends inside a byte of the mask"
+    if spec.c or spec.trellis:
+        begins = {begin for begin, _ in spec.blocks()}
+        if any(part * i not in begins for i in range(1, size)):
+            return f"a slice of {part} columns cuts a block of {_C.OUTLIER_BLOCK}"
+    return ""
+
+
+def why_not_by_rows(spec: WeightSpec, size: int) -> str:
+    """Why a weight cannot be cut into ``size`` slices of rows (column-parallel); "" when it can."""
+    return f"N = {spec.N} is no multiple of {size}" if spec.N % size else ""
+
+
+def by_columns(spec: WeightSpec, size: int) -> WeightSpec:
+    """What each of ``size`` slices of columns is. Its ``segment`` makes its blocks those of the whole weight.
+
+    Raises:
+        ValueError: such slices would cut a group, a block or a word.
+    """
+    why = why_not_by_columns(spec, size)
+    if why:
+        raise ValueError(
+            f"by_columns: size must cut [{spec.N}, {spec.K}] into whole groups and blocks, got {size}: {why}"
+        )
+    if size == 1 or not (spec.c or spec.trellis):
+        return replace(spec, K=spec.K // size)
+    # Either blocks are 256 columns without exception, or the slice has whole segments.
+    segment = _C.outlier_segment(spec.K, spec.segment)
+    return replace(spec, K=spec.K // size, segment=_C.OUTLIER_BLOCK if segment % _C.OUTLIER_BLOCK == 0 else segment)
+
+
+def slice_columns(q: QTensor, index: int, size: int) -> QTensor:
+    """Slice ``index`` of ``size`` slices of columns: every tensor's own part of its last, or blocks', dimension."""
+    spec = by_columns(q.spec, size)
+    tensors = {}
+    for key, tensor in q.tensors.items():
+        if key in ("weight_row_scale", "weight_grid"):
+            tensors[key] = tensor
+        elif key == "weight_shape":
+            tensors[key] = tensor.new_tensor([spec.N, spec.K])
+        else:
+            width = tensor.shape[1] // size
+            tensors[key] = tensor.narrow(1, index * width, width).contiguous()
+    return QTensor(spec, tensors)
