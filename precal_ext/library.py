@@ -22,7 +22,7 @@ def force_isa(name: str) -> None:
     """Use the kernels of one instruction set from now on, in ``torch.ops.precal`` and in ``_C``.
 
     Args:
-        name: "scalar", "avx2", "avx512", or "" for the automatic choice.
+        name: "scalar", "avx2", "avxvnni", "avx512", or "" for the automatic choice.
     Raises:
         ValueError: unknown, or this CPU cannot run it.
     """

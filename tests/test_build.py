@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ISAS, ROOT, skip_without_cuda
+from conftest import LINEAR_ISAS, ROOT, skip_without_cuda
 
 from precal_ext import _C
 
@@ -62,12 +62,14 @@ def test_the_scalar_object_has_no_avx() -> None:
 @pytest.mark.skipif(not X86, reason="x86-64 only")
 def test_the_vector_objects_have_theirs() -> None:
     """Also shows that the test above could see them."""
-    avx2, avx512 = (" ".join(o for _, o in instructions(isa)) for isa in ("avx2", "avx512"))
+    avx2, avxvnni, avx512 = (" ".join(o for _, o in instructions(isa)) for isa in ("avx2", "avxvnni", "avx512"))
     assert "%ymm" in avx2 and "%zmm" not in avx2
+    assert "%ymm" in avxvnni and not re.search(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])\b", avxvnni)  # all of it VEX
+    assert any("vpdpbusd" in f"{m} {o}" for m, o in instructions("avxvnni"))
     assert "%zmm" in avx512
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"] if X86 else ["scalar"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512"] if X86 else ["scalar"])
 def test_a_kernel_object_exports_its_table_only(isa: str) -> None:
     """A weak function (an inline one from a header) is kept once for all objects: possibly the AVX-512 one."""
     lines = [line.split() for line in run("nm", "--defined-only", kernel_object(isa)).splitlines()]
@@ -80,14 +82,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("isa", [*ISAS, ""])
+@pytest.mark.parametrize("isa", [*LINEAR_ISAS, ""])
 def test_precal_isa_forces_the_instruction_set(isa: str) -> None:
     done = python("from precal_ext import _C; print(_C.cpu_isa())", PRECAL_ISA=isa)
-    assert done.stdout.strip() == (isa or ISAS[0]), done.stderr
+    assert done.stdout.strip() == (isa or LINEAR_ISAS[0]), done.stderr
 
 
 def test_a_wrong_precal_isa_is_named() -> None:
-    message = f"PRECAL_ISA: must be one of {','.join(ISAS)}, got sse9"
+    message = f"PRECAL_ISA: must be one of {','.join(LINEAR_ISAS)}, got sse9"
     c = python("from precal_ext import _C; _C.cpu_isa()", PRECAL_ISA="sse9")
     assert c.returncode == 1 and f"ValueError: {message}" in c.stderr
     op = python("import torch; from precal_ext import ops; ops.soft_threshold(torch.ones(3), 0.0)", PRECAL_ISA="sse9")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import reference
 import shapes
 import torch
-from conftest import ISAS, THREADS, forced_isa, forced_threads
+from conftest import LINEAR_ISAS, THREADS, forced_isa, forced_threads
 from shapes import Weight
 from torch import Tensor
 
@@ -20,6 +21,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 DTYPES = list(TOLERANCE)
 CASES_PER_BITS = {2: 40, 3: 200, 4: 200, 5: 40, 6: 40, 7: 40, 8: 40}
 CHUNK = 20  # cases per test: hundreds of ids would say no more than these
+
+
+@pytest.fixture(params=LINEAR_ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with forced_isa(request.param) as name:
+        yield name
 
 
 def linear(
@@ -62,7 +69,7 @@ def test_tails(bits: int, N: int, K: int) -> None:
     for c in (0, 1, 2, 4):
         weight = shapes.random_weight(c, N, K, bits, 64, c, trellis=c % 2 == 1)
         w, x = ops.dequantize(*weight), activations(3, K)
-        for isa in ISAS:
+        for isa in LINEAR_ISAS:
             with forced_isa(isa):
                 assert relative_error(linear(x, weight), x, w, None) <= TOLERANCE[torch.float32]
 
@@ -263,7 +270,7 @@ def test_a_row_does_not_see_the_others(isa: str, bits: int, mode: str) -> None:
             assert torch.equal(linear(x, weight, None, prepacked, mode), alone)
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} <= set(ISAS), reason="compares AVX2 and AVX-512")
+@pytest.mark.skipif(len(LINEAR_ISAS) < 3, reason="compares AVX2 with AVX-VNNI and AVX-512")
 @pytest.mark.parametrize("mode", ROUNDING)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_vector_isas_give_the_same_bits(bits: int, mode: str) -> None:
@@ -273,10 +280,10 @@ def test_vector_isas_give_the_same_bits(bits: int, mode: str) -> None:
         weight = shapes.random_weight(i, 50, K, bits, 64, c=i % 3, **KINDS[kind])
         x, prepacked = activations(M, K, i), ops.prepack(*weight)
         results = []
-        for isa in ("avx2", "avx512"):
+        for isa in LINEAR_ISAS[:-1]:  # not scalar
             with forced_isa(isa):
                 results.append(linear(x, weight, None, prepacked, mode))
-        assert torch.equal(*results), (M, K)
+        assert all(torch.equal(y, results[0]) for y in results[1:]), (M, K)
 
 
 @pytest.mark.parametrize("mode", ROUNDING)

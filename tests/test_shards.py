@@ -9,7 +9,7 @@ import pytest
 import reference
 import shapes
 import torch
-from conftest import ISAS, forced_isa
+from conftest import LINEAR_ISAS, forced_isa
 from shapes import Weight
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def test_slices_hold_what_the_whole_holds(K: int, size: int, options: dict[str, 
     assert torch.equal(ops.dequantize(*weight), torch.cat(list(want), 1))
     x = torch.randn(5, K, generator=shapes.generator(2))
     for part, expected, x_part in zip(slices(weight, size), want, x.chunk(size, 1), strict=True):
-        for isa in ISAS:
+        for isa in LINEAR_ISAS:
             with forced_isa(isa):
                 assert torch.equal(ops.dequantize(*part), expected)
                 prepacked = ops.prepack(*part)

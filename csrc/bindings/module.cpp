@@ -106,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
   define_limits(m);
 
   m.def("build_info", &build_info, "Version, compiler, instruction sets and CUDA architectures of this build.");
-  m.def("cpu_isa", &cpu_isa, "Instruction set in use: scalar, avx2 or avx512. PRECAL_ISA forces one.");
+  m.def("cpu_isa", &cpu_isa, "Instruction set in use: scalar, avx2, avxvnni or avx512. PRECAL_ISA forces one.");
   m.def(
       "force_isa", [](const std::string& name) { check(cpu::force_isa(name.c_str())); }, py::arg("name"),
       "Use another instruction set from now on; an empty name returns to the automatic choice.");

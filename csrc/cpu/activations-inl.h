@@ -2,8 +2,9 @@
 // Rows of x as whole numbers, in the order in which the kernels of linear_int8_avx512-inl.h eat them.
 //
 //   Round      per span (columns of one group, at most kMaxSpan) to 8 bits, peak = 127, or to 16 bits, peak = 32512.
-//              The integer is the same on every instruction set. AVX-512 stores 16 bits as planes high * 256 + low;
-//              others store both modes as words, columns of a step in the order 0 2 1 3, but for one token in 8 bits.
+//              The integer is the same on every instruction set. AVX-512 and AVX-VNNI store 16 bits as planes
+//              high * 256 + low; others store both modes as words, columns of a step in the order 0 2 1 3, but for one
+//              token in 8 bits.
 //   Order      QuantizedRows (kernels.h): step by step of format/interleave.h, tokens of a panel beside each other.
 //   Transpose  x itself as [chunk of tokens][K][lanes] float32: an outlier then needs one load for all tokens.
 //   A span with NaN or an infinity gets scale NaN and integers 0, so that its outputs are NaN.
@@ -25,8 +26,6 @@ PRECAL_INLINE float span_scale(bool strange, float peak, float top) {
   return strange ? std::numeric_limits<float>::quiet_NaN() : peak > kSmallestPeak ? peak / top : 0.0f;
 }
 
-#if defined(PRECAL_INT8_AVX512)
-
 // Where the bytes of token m of a span lie: step t of plane p at `x + t * stride + 4 * p`.
 struct TokenPlace {
   int8_t* x;
@@ -39,6 +38,8 @@ PRECAL_INLINE TokenPlace token_place(const LinearArgs& args, int64_t m, int64_t 
   const int64_t before = first * args.M + panel.first * width;  // elements of other spans and panels
   return {q.x + before * q.planes + (m - panel.first) * q.planes * 4, panel.tokens * q.planes * 4};
 }
+
+#if defined(PRECAL_INT8_AVX512)
 
 PRECAL_FORCE_INLINE __m512 load16(const void* x, DType dtype, int64_t index, __mmask16 mask) {
   if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + index);
@@ -177,9 +178,12 @@ static void transpose_activations(const LinearArgs& args, int64_t begin, int64_t
 
 #else
 
-// One token in 8 bits on AVX2: bytes, as with AVX-512.
-PRECAL_INLINE bool one_byte_plane(const LinearArgs& args) {
-#if defined(__AVX2__)
+// Bytes, as with AVX-512: AVX-VNNI, and one token in 8 bits on AVX2.
+PRECAL_INLINE bool in_bytes(const LinearArgs& args) {
+#if defined(__AVXVNNI__)
+  (void)args;
+  return true;
+#elif defined(__AVX2__)
   return args.M * args.q.planes == 1;
 #else
   (void)args;
@@ -214,9 +218,22 @@ static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t 
       for (int64_t i = 0; i < width; ++i) {
         rounded[i] = usable ? int32_t((values[i] * inverse + kRound) - kRound) : 0;
       }
-      if (one_byte_plane(args)) {
-        for (int64_t i = 0; i < width; ++i)
-          q.x[first + i] = int8_t(rounded[i / chunk * chunk + i % 4 * steps + i % chunk / 4]);
+      if (in_bytes(args)) {
+        const TokenPlace place = token_place(args, m, first, width);
+        for (int p = 0; p < q.planes; ++p) {
+          int8_t* at = place.x + 4 * p;
+          int32_t sum = 0;
+          for (int64_t c = 0; c < width; c += chunk) {
+            for (int64_t t = 0; t < steps; ++t, at += place.stride) {
+              for (int64_t j = 0; j < 4; ++j) {
+                const int32_t v = rounded[c + j * steps + t];
+                at[j] = int8_t(p + 1 < q.planes ? (v + 128) >> 8 : v);
+                sum += at[j];
+              }
+            }
+          }
+          q.start[(s * args.M + m) * q.planes + p] = -128 * sum;
+        }
         continue;
       }
       const Panel panel = panel_of(q, m);

@@ -6,6 +6,7 @@
 //           xor; two tables of 16, of even and odd levels, are blended by the bit of the code before.
 //           3 bits: per 96 bytes of eight steps 21 instructions of history, then 6 a step; one table of 16.
 //           8 bits (uniform): 1 instruction.
+//   AVX-VNNI  the same, plus 128.
 //   scalar  code by code, the specification.
 #pragma once
 
@@ -16,6 +17,13 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 // Levels of a grid. 4 bits: even and odd ones; 3 bits: all, by pq, b ^ before, previous. A grid without a trellis looks
 // at no history: `cross` is 0 and the tables repeat.
+// AVX-VNNI wants levels + 128, unsigned.
+#if defined(__AVXVNNI__)
+constexpr int kLevelBias = 128;
+#else
+constexpr int kLevelBias = 0;
+#endif
+
 struct LevelTables {
   alignas(32) int8_t table[2][32];
   uint8_t cross;
@@ -28,8 +36,8 @@ static void make_tables(const LinearArgs& args, LevelTables* out) {
   for (int t = 0; t < 2; ++t) {
     for (int i = 0; i < 32; ++i) {
       const int index = i % 16;
-      out->table[t][i] = int8_t(
-          args.levels[args.format.bits == 3 ? (trellis ? index : index / 2) : (trellis ? 2 * index + t : index)]);
+      const int level = args.format.bits == 3 ? (trellis ? index : index / 2) : (trellis ? 2 * index + t : index);
+      out->table[t][i] = int8_t(kLevelBias + int(args.levels[level]));
     }
   }
 }
@@ -46,7 +54,8 @@ struct ChunkDecoder {
   static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static __m256i low_bits(__m256i a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi8(char(mask))); }
 
-  // emit(step, half, levels). `keep` has zero bytes where a block of the trellis begins.
+  // emit(step, step % 2 where that is a constant, half, levels). `keep` has zero bytes where a block of the trellis
+  // begins.
   template <int kBits, typename Emit>
   __attribute__((always_inline)) inline void decode(const uint8_t* codes, int registers, uint32_t keep,
                                                     const Emit& emit) {
@@ -57,7 +66,7 @@ struct ChunkDecoder {
       const uint8_t* from = codes + half * 32;
       if constexpr (kBits == 8) {
         for (int s = 0; s < registers; ++s) {
-          emit(s, half, _mm256_xor_si256(load256(from + s * 64), _mm256_set1_epi8(char(0x80))));
+          emit(s, 0, half, _mm256_xor_si256(load256(from + s * 64), _mm256_set1_epi8(char(0x80 - kLevelBias))));
         }
         continue;
       }
@@ -71,10 +80,10 @@ struct ChunkDecoder {
           const __m256i w = load256(from + s * 64);
           const __m256i v = _mm256_xor_si256(w, _mm256_and_si256(h, crossed));
           const __m256i first = low_bits(v, 0x0F), second = low_bits(_mm256_srli_epi16(v, 4), 0x0F);
-          emit(2 * s, half,
+          emit(2 * s, 0, half,
                _mm256_blendv_epi8(_mm256_shuffle_epi8(even, first), _mm256_shuffle_epi8(odd, first),
                                   _mm256_slli_epi16(h, 3)));
-          emit(2 * s + 1, half,
+          emit(2 * s + 1, 1, half,
                _mm256_blendv_epi8(_mm256_shuffle_epi8(even, second), _mm256_shuffle_epi8(odd, second),
                                   _mm256_slli_epi16(w, 7)));
           h = w;
@@ -103,7 +112,7 @@ struct ChunkDecoder {
             const __m256i pair = shift == 0 ? _mm256_slli_epi16(w, 2) : _mm256_srli_epi16(w, shift - 2);
             const __m256i index =
                 _mm256_or_si256(low_bits(pair, 0x0C), low_bits(_mm256_srli_epi16(xp[i / 4], i % 4 * 2), 0x03));
-            emit(t + i, half, _mm256_shuffle_epi8(even, index));
+            emit(t + i, i % 2, half, _mm256_shuffle_epi8(even, index));
           }
           h = b;
         }

@@ -18,8 +18,6 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-#define PRECAL_FORCE_INLINE __attribute__((always_inline)) inline
-
 PRECAL_FORCE_INLINE __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 PRECAL_FORCE_INLINE __m512i select_bits(__m512i mask, __m512i a, __m512i b) {
   return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);

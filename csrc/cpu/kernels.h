@@ -197,6 +197,14 @@ inline int64_t int8_scratch_floats(int64_t M, int64_t num_tiles) {
   return (num_tiles < kStripTiles ? num_tiles : kStripTiles) * M * format::kTileRows;
 }
 
+// `linear` with integer activations; codes in chunks.
+struct IntegerKernels {
+  void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);  // 64-byte aligned
+  void (*quantize_activations)(const LinearArgs&, int64_t row_begin, int64_t row_end);
+  void (*transpose_activations)(const LinearArgs&, int64_t piece_begin, int64_t piece_end);
+  int few_tokens[2], panel_tokens[2];  // most tokens of an only panel, and of one of several; with 8 and 16 bits
+};
+
 struct KernelTable {
   const char* name;
   void (*soft_threshold)(const SoftThresholdArgs&, int64_t begin, int64_t end);
@@ -216,21 +224,17 @@ struct KernelTable {
   void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
   void (*dequantize_rows)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
   void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
-  // With integer activations; codes in chunks.
-  void (*linear_int8_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end,
-                            float* scratch);  // 64-byte aligned
   // The first chunks of 16 rows of codes, as many as this ISA does at once; returns how many.
   int64_t (*interleave_rows)(const format::WeightFormat&, const format::TileLayout&, const uint32_t* rows,
                              uint8_t* codes);
-  void (*quantize_activations)(const LinearArgs&, int64_t row_begin, int64_t row_end);
-  void (*transpose_activations)(const LinearArgs&, int64_t piece_begin, int64_t piece_end);
-  int few_tokens[2], panel_tokens[2];  // most tokens of an only panel, and of one of several; with 8 and 16 bits
+  IntegerKernels integer;
 };
 
 extern const KernelTable k_scalar_kernels;
 #if defined(PRECAL_X86)
-extern const KernelTable k_avx2_kernels;    // AVX2, FMA
-extern const KernelTable k_avx512_kernels;  // AVX-512 F/BW/DQ/VL, VBMI, VNNI, BF16
+extern const KernelTable k_avx2_kernels;        // AVX2, FMA
+extern const IntegerKernels k_avxvnni_kernels;  // and AVX-VNNI: all else is k_avx2_kernels'
+extern const KernelTable k_avx512_kernels;      // AVX-512 F/BW/DQ/VL, VBMI, VNNI, GFNI
 #endif
 
 }  // namespace precal::cpu

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x @ W'^T + bias with integer dot products: what linear_int8_avx512-inl.h computes, with AVX2 or scalar code. The
-// integers are the same, so results differ by the roundings of a fused multiply-add at most.
+// y = x @ W'^T + bias with integer dot products: what linear_int8_avx512-inl.h computes, with AVX2, AVX-VNNI or scalar
+// code. The integers are the same, so results differ by the roundings of a fused multiply-add at most.
 //
-//   Dots   levels and activations as 16-bit words, vpmaddwd: 2 instructions per 16 products in both modes. One token in
-//          8 bits: vpmaddubsw would saturate with level + 128, so |level| times x with the level's sign, at most
-//          2 * 127 * 127 = 32258 a pair; no words to make, 5 instructions per 32 products against 7.
-//   Work   a thread owns tiles of 16 rows. One token in 8 bits: levels go straight from registers into the dots.
-//          Else a span of a tile is decoded once into L1, and panels of 4 tokens run over it.
+//   Dots   AVX2: levels and activations as 16-bit words, vpmaddwd: 2 instructions per 16 products in both modes. One
+//          token in 8 bits: vpmaddubsw would saturate with level + 128, so |level| times x with the level's sign, at
+//          most 2 * 127 * 127 = 32258 a pair; no words to make, 5 instructions per 32 products against 7.
+//          AVX-VNNI: bytes and vpdpbusd as with AVX-512, half as wide: 1 per 32 products and plane.
+//   Work   a thread owns tiles of 16 rows. Few tokens (AVX2: one in 8 bits): levels go straight from registers into the
+//          dots. Else a span of a tile is decoded once into L1, and panels of tokens run over it.
 //   Order  as with AVX-512, the same for every M.
 #pragma once
 
@@ -20,7 +21,13 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kTileLanes = format::kTileRows;
+#if defined(__AVXVNNI__)
+// Sums (tokens x planes) of two halves of a tile in 16 registers: straight from the codes, and over decoded levels.
+constexpr int kFewSums = 4, kPanelSums = 6;
+constexpr int kFew8 = kFewSums, kFew16 = kFewSums / 2, kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2;
+#else
 constexpr int kFew8 = 4, kFew16 = 4, kPanel8 = 4, kPanel16 = 4;  // tokens: with two halves of a tile 8 sums
+#endif
 
 // As fma() of simd.h: scalar code rounds twice.
 PRECAL_INLINE float fma1(float a, float b, float c) {
@@ -90,6 +97,39 @@ static void outlier_sums(const LinearArgs& args, const uint8_t* tile, int64_t m0
   }
 }
 
+// The 16 scales of a group.
+PRECAL_INLINE F32 scales_of_group(const LinearArgs& args, const uint8_t* tile, int64_t group) {
+  const int64_t bytes = format::scale_bytes(args.format.scale_type);
+  const uint8_t* at = tile + args.layout.scale + group * kTileLanes * bytes;
+#if defined(__AVX2__)
+  if (bytes == 2) {
+    const auto half = [at](int64_t r) {
+      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 2 * r)));
+    };
+    return {half(0), half(8)};
+  }
+  // e4m3.h: exponent and mantissa of a normal one are a float's, but for the bias; the others are m * 2^-9.
+  const auto half = [at](int64_t r) {
+    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + r)));
+    const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7F));
+    const __m256i sign = _mm256_slli_epi32(_mm256_xor_si256(code, magnitude), 24);
+    const __m256 normal =
+        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23)));
+    const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
+    const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+    const __m256 value = _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(is_small));
+    const __m256i nan =
+        _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F)), _mm256_set1_epi32(0x7FC00000));
+    return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
+  };
+  return {half(0), half(8)};
+#else
+  float lanes[kTileLanes];
+  for (int64_t r = 0; r < kTileLanes; ++r) lanes[r] = format::load_scale(at, r, args.format.scale_type);
+  return load(lanes);
+#endif
+}
+
 // y = fma(float(sum) * x_scale, scale, y) for one token.
 PRECAL_INLINE void add_span(const int32_t* sums, float x_scale, F32 scale, float* y) {
 #if defined(__AVX2__)
@@ -115,10 +155,53 @@ PRECAL_INLINE __m256i broadcast_dword(const void* p) {
   return _mm256_set1_epi32(v);
 }
 
+#if defined(__AVXVNNI__)
+
+using Level = uint8_t;  // plus 128
+
+// [step][half][8 rows x 4 columns]
+template <int kBits>
+static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, Level* levels) {
+  decoder->decode<kBits>(codes, registers, keep, [&](int t, int, int half, __m256i w) __attribute__((always_inline)) {
+    store256(levels + t * 64 + half * 32, w);
+  });
+}
+
+template <int kSums>
+PRECAL_FORCE_INLINE void store_sums(const __m256i (&acc)[kSums][2], int32_t* sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i) {
+    store256(sums + i * kTileLanes, acc[i][0]);
+    store256(sums + i * kTileLanes + 8, acc[i][1]);
+  }
+}
+
+// One panel over a decoded span. x: [step][kSums][4]
+template <int kSums>
+static void panel_sums(const uint8_t* levels, const int8_t* x, int64_t steps, const int32_t* start, int32_t* sums) {
+  __m256i acc[kSums][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i) acc[i][0] = acc[i][1] = _mm256_set1_epi32(start[i]);
+  for (int64_t t = 0; t < steps; ++t, levels += 64, x += kSums * 4) {
+    const __m256i low = ChunkDecoder::load256(levels), high = ChunkDecoder::load256(levels + 32);
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) {
+      const __m256i four = broadcast_dword(x + i * 4);
+      acc[i][0] = _mm256_dpbusd_avx_epi32(acc[i][0], low, four);
+      acc[i][1] = _mm256_dpbusd_avx_epi32(acc[i][1], high, four);
+    }
+  }
+  store_sums(acc, sums);
+}
+
+#else
+
+using Level = int16_t;
+
 // Words [step][half][columns 0 and 2, columns 1 and 3][16]
 template <int kBits>
 static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, int16_t* levels) {
-  decoder->decode<kBits>(codes, registers, keep, [&](int t, int half, __m256i w) __attribute__((always_inline)) {
+  decoder->decode<kBits>(codes, registers, keep, [&](int t, int, int half, __m256i w) __attribute__((always_inline)) {
     store256(levels + t * 64 + half * 32, _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
     store256(levels + t * 64 + half * 32 + 16, _mm256_srai_epi16(w, 8));
   });
@@ -151,29 +234,11 @@ static void panel_sums(const int16_t* levels, const int16_t* x, int64_t steps, i
   }
 }
 
-// One token in 8 bits: a span straight from the codes.
-template <int kBits>
-static void one_sum(const LinearArgs& args, ChunkDecoder* decoder, const uint8_t* codes, int64_t first, int64_t end,
-                    const int8_t* x, int32_t* sums) {
-  __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (int64_t n = first; n < end; ++n, x += args.layout.chunk) {
-    const uint8_t* chunk = codes + n * args.layout.chunk_bytes;
-    for (int64_t line = 0; line < args.layout.chunk_bytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(chunk + 2048 + line), _MM_HINT_T0);
-    }
-    decoder->decode<kBits>(chunk, int(args.layout.chunk_bytes / 64), args.keep[n],
-                           [&](int t, int half, __m256i w) __attribute__((always_inline)) {
-                             const __m256i with_sign = _mm256_sign_epi8(broadcast_dword(x + t * 4), w);
-                             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), with_sign);
-                             const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-                             acc[half] = _mm256_add_epi32(acc[half], fours);
-                           });
-  }
-  store256(sums, acc[0]);
-  store256(sums + 8, acc[1]);
-}
+#endif  // AVX-VNNI
 
 #else
+
+using Level = int16_t;
 
 template <int kBits>
 static void decode_to(ChunkDecoder* decoder, const uint8_t* codes, int registers, uint32_t keep, int16_t* levels) {
@@ -200,7 +265,49 @@ static void panel_sums(const int16_t* levels, const int16_t* x, int64_t steps, i
 
 #endif
 
-static void sums_of_panel(int64_t tokens, const int16_t* levels, const int16_t* x, int64_t steps, int32_t* sums) {
+#if defined(__AVXVNNI__)
+
+// sums [tokens][16] of a panel: planes are put together.
+template <typename Run>
+static void sums_of_planes(const QuantizedRows& q, int64_t tokens, const Run& run, int32_t* sums) {
+  int32_t planes[kPanelSums * kTileLanes];
+  const int64_t count = tokens * q.planes;
+  run(count, q.planes == 1 ? sums : planes);
+  if (q.planes == 1) return;
+  for (int64_t m = 0; m < tokens; ++m) {
+    const int32_t *high = planes + 2 * m * kTileLanes, *low = high + kTileLanes;
+    for (int64_t r = 0; r < kTileLanes; ++r) sums[m * kTileLanes + r] = high[r] * 256 + low[r];
+  }
+}
+
+// The panel from token m0 on of span s, whose columns are [first_column, first_column + width).
+static void sums_of_panel(const LinearArgs& args, int64_t s, int64_t first_column, int64_t width, int64_t m0,
+                          int64_t tokens, const Level* levels, int32_t* sums) {
+  const QuantizedRows& q = args.q;
+  const int8_t* x = q.x + (first_column * args.M + m0 * width) * q.planes;
+  const int32_t* start = q.start + (s * args.M + m0) * q.planes;
+  const int64_t steps = width / 4;
+  sums_of_planes(
+      q, tokens,
+      [&](int64_t count, int32_t* to) {
+        switch (count) {
+          case 1: return panel_sums<1>(levels, x, steps, start, to);
+          case 2: return panel_sums<2>(levels, x, steps, start, to);
+          case 3: return panel_sums<3>(levels, x, steps, start, to);
+          case 4: return panel_sums<4>(levels, x, steps, start, to);
+          case 5: return panel_sums<5>(levels, x, steps, start, to);
+          default: return panel_sums<6>(levels, x, steps, start, to);
+        }
+      },
+      sums);
+}
+
+#else
+
+static void sums_of_panel(const LinearArgs& args, int64_t, int64_t first_column, int64_t width, int64_t m0,
+                          int64_t tokens, const Level* levels, int32_t* sums) {
+  const int16_t* x = reinterpret_cast<const int16_t*>(args.q.x) + first_column * args.M + m0 * width;
+  const int64_t steps = width / 4;
   switch (tokens) {
     case 1: return panel_sums<1>(levels, x, steps, sums);
     case 2: return panel_sums<2>(levels, x, steps, sums);
@@ -209,35 +316,38 @@ static void sums_of_panel(int64_t tokens, const int16_t* levels, const int16_t* 
   }
 }
 
+#endif
+
+// y of a tile, [M][16], to the output.
+static void finish_tile(const LinearArgs& args, int64_t t, const float* y) {
+  const uint16_t* row_scale = reinterpret_cast<const uint16_t*>(tile_at(args, t));
+  const int64_t rows = args.format.N - t * kTileLanes < kTileLanes ? args.format.N - t * kTileLanes : kTileLanes;
+  for (int64_t m = 0; m < args.M; ++m) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float value = y[m * kTileLanes + r] * bf16_to_float(row_scale[r]);
+      if (args.bias != nullptr) value = value + args.bias[t * kTileLanes + r];
+      store_element(args.y, args.y_dtype, m * args.y_stride + t * kTileLanes + r, value);
+    }
+  }
+}
+
 template <int kBits>
-static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+static void many_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
   const format::TileLayout& layout = args.layout;
   const QuantizedRows& q = args.q;
   const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
   const uint8_t *tile = tile_at(args, t), *codes = tile + layout.codes;
-  alignas(64) int16_t levels[kMaxSpan * kTileLanes];
-  int32_t sums[kPanel16 * kTileLanes];
+  alignas(64) Level levels[kMaxSpan * kTileLanes];
+  int32_t sums[(kPanel8 > kFew8 ? kPanel8 : kFew8) * kTileLanes];
   ChunkDecoder decoder(tables);
-  float lanes[kTileLanes];
   F32 scale = splat(0.0f);
   for (int64_t s = 0; s < q.num_spans; ++s) {
     const int64_t first = s * chunks_per_span;
     const int64_t end = first + chunks_per_span < layout.num_chunks ? first + chunks_per_span : layout.num_chunks;
     if (s % spans_per_group == 0) {
-      for (int64_t r = 0; r < kTileLanes; ++r) {
-        lanes[r] =
-            format::load_scale(tile + layout.scale, s / spans_per_group * kTileLanes + r, args.format.scale_type);
-      }
-      scale = load(lanes);
+      scale = scales_of_group(args, tile, s / spans_per_group);
     }
-    const int64_t width = (end - first) * layout.chunk, steps = width / 4;
-#if defined(__AVX2__)
-    if (one_byte_plane(args)) {
-      one_sum<kBits>(args, &decoder, codes, first, end, q.x + first * layout.chunk, sums);
-      add_span(sums, q.scale[s], scale, y);
-      continue;
-    }
-#endif
+    const int64_t width = (end - first) * layout.chunk;
     for (int64_t n = first; n < end; ++n) {
 #if defined(__AVX2__)
       // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
@@ -249,24 +359,120 @@ static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t
       decode_to<kBits>(&decoder, codes + n * layout.chunk_bytes, int(layout.chunk_bytes / 64), args.keep[n],
                        levels + (n - first) * layout.chunk * kTileLanes);
     }
-    const int16_t* x = reinterpret_cast<const int16_t*>(q.x) + first * layout.chunk * args.M;
     for (int64_t m0 = 0, tokens; m0 < args.M; m0 += tokens) {
       tokens = panel_of(q, m0).tokens;
-      sums_of_panel(tokens, levels, x + m0 * width, steps, sums);
+      sums_of_panel(args, s, first * layout.chunk, width, m0, tokens, levels, sums);
       for (int64_t m = 0; m < tokens; ++m) {
         add_span(sums + m * kTileLanes, q.scale[s * args.M + m0 + m], scale, y + (m0 + m) * kTileLanes);
       }
     }
   }
-  const uint16_t* row_scale = reinterpret_cast<const uint16_t*>(tile);
-  const int64_t rows = args.format.N - t * kTileLanes < kTileLanes ? args.format.N - t * kTileLanes : kTileLanes;
-  for (int64_t m = 0; m < args.M; ++m) {
-    for (int64_t r = 0; r < rows; ++r) {
-      float value = y[m * kTileLanes + r] * bf16_to_float(row_scale[r]);
-      if (args.bias != nullptr) value = value + args.bias[t * kTileLanes + r];
-      store_element(args.y, args.y_dtype, m * args.y_stride + t * kTileLanes + r, value);
+  finish_tile(args, t, y);
+}
+
+#if defined(__AVX2__)
+
+// acc += 8 rows of levels times x; `x` points to the 4 columns of a step.
+PRECAL_FORCE_INLINE __m256i dot(__m256i acc, __m256i w, const int8_t* x) {
+  const __m256i four = broadcast_dword(x);
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(acc, w, four);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four, w));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+// Few tokens: levels go straight from registers into the dots. x: [step][token][plane][4]
+template <int kBits, int kPlanes, int kTokens>
+static void few_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+  constexpr int kSums = kPlanes * kTokens;
+  // Sums of the same outputs beside each other: a dot waits 4 to 5 cycles for the one before it.
+  constexpr int kChains = kSums == 1 ? 2 : 1;
+  const format::TileLayout& layout = args.layout;
+  const QuantizedRows& q = args.q;
+  const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
+  const uint8_t *tile = tile_at(args, t), *chunk = tile + layout.codes;
+  const int8_t* x = q.x;
+  ChunkDecoder decoder(tables);
+  F32 scale = splat(0.0f), total[kTokens];
+#pragma GCC unroll 4
+  for (int m = 0; m < kTokens; ++m) total[m] = load(y + m * kTileLanes);
+  int64_t n = 0, group = 0, spans_left = 0;
+  for (int64_t s = 0; s < q.num_spans; ++s) {
+    if (spans_left == 0) {
+      scale = scales_of_group(args, tile, group++);
+      spans_left = spans_per_group;
+    }
+    --spans_left;
+    __m256i acc[kSums][2][kChains];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const __m256i start = _mm256_set1_epi32(kLevelBias != 0 ? q.start[s * kSums + i] : 0);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        acc[i][h][0] = start;
+        if (kChains == 2) acc[i][h][kChains - 1] = _mm256_setzero_si256();
+      }
+    }
+    const int64_t end = n + chunks_per_span < layout.num_chunks ? n + chunks_per_span : layout.num_chunks;
+    for (; n < end; ++n, chunk += layout.chunk_bytes, x += layout.chunk * kSums) {
+      for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(chunk + 2048 + line), _MM_HINT_T0);
+      }
+      decoder.decode<kBits>(chunk, int(layout.chunk_bytes / 64), args.keep[n],
+                            [&](int step, int odd, int h, __m256i w) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                              for (int i = 0; i < kSums; ++i) {
+                                __m256i& sum = acc[i][h][odd % kChains];
+                                sum = dot(sum, w, x + (step * kSums + i) * 4);
+                              }
+                            });
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kTokens; ++m) {
+      const auto half = [&](int h) __attribute__((always_inline)) {
+        __m256i sum = acc[m * kPlanes][h][0];
+        if (kChains == 2) sum = _mm256_add_epi32(sum, acc[m * kPlanes][h][kChains - 1]);
+        if (kPlanes == 2) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), acc[m * kPlanes + kPlanes - 1][h][0]);
+        return _mm256_cvtepi32_ps(sum);
+      };
+      total[m] = fma(mul({half(0), half(1)}, splat(q.scale[s * kTokens + m])), scale, total[m]);
     }
   }
+#pragma GCC unroll 4
+  for (int m = 0; m < kTokens; ++m) store(y + m * kTileLanes, total[m]);
+  finish_tile(args, t, y);
+}
+
+// false: too many for the registers.
+template <int kBits>
+static bool try_few_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+  switch (args.M * 4 + args.q.planes) {
+    case 5: return few_tile<kBits, 1, 1>(args, tables, t, y), true;
+#if defined(__AVXVNNI__)
+    case 9: return few_tile<kBits, 1, 2>(args, tables, t, y), true;
+    case 13: return few_tile<kBits, 1, 3>(args, tables, t, y), true;
+    case 17: return few_tile<kBits, 1, 4>(args, tables, t, y), true;
+    case 6: return few_tile<kBits, 2, 1>(args, tables, t, y), true;
+    case 10: return few_tile<kBits, 2, 2>(args, tables, t, y), true;
+#endif
+    default: return false;
+  }
+}
+
+#else
+
+template <int kBits>
+static bool try_few_tile(const LinearArgs&, const LevelTables&, int64_t, float*) {
+  return false;
+}
+
+#endif
+
+template <int kBits>
+static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+  if (!try_few_tile<kBits>(args, tables, t, y)) many_tile<kBits>(args, tables, t, y);
 }
 
 static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end, float* scratch) {
@@ -292,3 +498,10 @@ static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
 
 #endif
+
+namespace precal::cpu::PRECAL_ISA_NAMESPACE {
+
+static constexpr IntegerKernels kIntegerKernels = {
+    linear_int8_tiles, quantize_activations, transpose_activations, {kFew8, kFew16}, {kPanel8, kPanel16}};
+
+}  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

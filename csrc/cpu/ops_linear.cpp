@@ -129,19 +129,20 @@ struct IntegerRows {
   static void quantize(LinearArgs* args) {
     QuantizedRows& q = args->q;
     const int64_t M = args->M, K = args->format.K;
+    const IntegerKernels& integer = kernels().integer;
     q.lanes = M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
     // Panels of equal width, give or take one: a narrow one at the end would cost as much as a wide one.
-    const int64_t most = M <= kernels().few_tokens[q.planes - 1] ? M : kernels().panel_tokens[q.planes - 1];
+    const int64_t most = M <= integer.few_tokens[q.planes - 1] ? M : integer.panel_tokens[q.planes - 1];
     const int64_t panels = ceil_div(M, most);
     q.panel = ceil_div(M, panels);
     q.wide = M - panels * (q.panel - 1);
     // A piece is worth a thread from some tens of thousands of elements on.
     parallel_for(0, M, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(K, 1)),
-                 [&](int64_t begin, int64_t end) { kernels().quantize_activations(*args, begin, end); });
+                 [&](int64_t begin, int64_t end) { integer.quantize_activations(*args, begin, end); });
     if (args->format.c == 0) return;
     const int64_t pieces = ceil_div(M, q.lanes) * ceil_div(K, kTransposeColumns);
     parallel_for(0, pieces, (1 << 15) / (kTransposeColumns * q.lanes),
-                 [&](int64_t begin, int64_t end) { kernels().transpose_activations(*args, begin, end); });
+                 [&](int64_t begin, int64_t end) { integer.transpose_activations(*args, begin, end); });
   }
 };
 
@@ -358,7 +359,7 @@ Status Linear::run(const TensorView* out) const {
     const int64_t grain = std::max<int64_t>(integers ? 2 : 1, (1 << 15) / tile_work);
     parallel_for(0, args.layout.num_tiles, grain, [&](int64_t begin, int64_t end) {
       const AlignedBuffer scratch(4 * (integers ? int8_scratch_floats(args.M, end - begin) : linear_scratch_floats()));
-      (integers ? kernels().linear_int8_tiles : kernels().linear_tiles)(args, begin, end, scratch.as<float>());
+      (integers ? kernels().integer.linear_tiles : kernels().linear_tiles)(args, begin, end, scratch.as<float>());
     });
   }
   return {};

@@ -5,6 +5,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
+
+#if defined(PRECAL_X86)
+#include <cpuid.h>
+#endif
 
 namespace precal::cpu {
 
@@ -20,22 +25,41 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni");
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
+}
+bool has_avxvnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // not every compiler's __builtin_cpu_supports knows it
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 0x10u) != 0;
+}
+
+// Not a constant of isa_avxvnni.cpp: whatever would put it together there could hold AVX instructions.
+const KernelTable& avxvnni_kernels() {
+  static const KernelTable table = [] {
+    KernelTable t = k_avx2_kernels;
+    t.name = "avxvnni";
+    t.integer = k_avxvnni_kernels;
+    return t;
+  }();
+  return table;
 }
 #endif
 bool always() { return true; }
 
-const Choice kChoices[] = {
+// The best first.
+const std::vector<Choice>& choices() {
+  static const std::vector<Choice> list = {
 #if defined(PRECAL_X86)
-    {&k_avx512_kernels, has_avx512},
-    {&k_avx2_kernels, has_avx2},
+      {&k_avx512_kernels, has_avx512},
+      {&avxvnni_kernels(), has_avxvnni},
+      {&k_avx2_kernels, has_avx2},
 #endif
-    {&k_scalar_kernels, always},
-};
+      {&k_scalar_kernels, always},
+  };
+  return list;
+}
 
 Status find(const char* name, const char* source, const KernelTable** table) {
-  for (const Choice& choice : kChoices) {
+  for (const Choice& choice : choices()) {
     if (std::strcmp(choice.table->name, name) != 0) continue;
     if (!choice.supported())
       return invalid_value(source, ": this CPU cannot run ", name, "; it can run ", supported_isas());
@@ -46,7 +70,7 @@ Status find(const char* name, const char* source, const KernelTable** table) {
 }
 
 const KernelTable* automatic() {
-  for (const Choice& choice : kChoices) {
+  for (const Choice& choice : choices()) {
     if (choice.supported()) return choice.table;
   }
   return &k_scalar_kernels;
@@ -85,7 +109,7 @@ Status force_isa(const char* name) {
 const char* supported_isas() {
   static const std::string names = [] {
     std::string text;
-    for (const Choice& choice : kChoices) {
+    for (const Choice& choice : choices()) {
       if (choice.supported()) text += (text.empty() ? "" : ",") + std::string(choice.table->name);
     }
     return text;

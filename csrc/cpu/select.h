@@ -5,8 +5,8 @@
 
 namespace precal::cpu {
 
-// The table for this machine, chosen once. PRECAL_ISA=scalar|avx2|avx512 forces one; an unknown or unsupported name is
-// an error that every op reports.
+// The table for this machine, chosen once. PRECAL_ISA=scalar|avx2|avxvnni|avx512 forces one; an unknown or unsupported
+// name is an error that every op reports.
 const KernelTable& kernels();
 Status kernels_status();
 

@@ -18,6 +18,9 @@
 #error "define PRECAL_ISA_NAMESPACE before including a kernel body"
 #endif
 
+// Kernel bodies whose registers must not go through memory.
+#define PRECAL_FORCE_INLINE __attribute__((always_inline)) inline
+
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int kLanes = 16;

@@ -14,23 +14,9 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 static constexpr KernelTable make_table(const char* name) {
-  return {name,
-          soft_threshold,
-          magnitude_digit,
-          collect_magnitudes,
-          mask_magnitudes,
-          histogram,
-          quantize_rows,
-          pack_rows,
-          unpack_rows,
-          dequantize_rows,
-          linear_tiles,
-          linear_int8_tiles,
-          interleave_rows,
-          quantize_activations,
-          transpose_activations,
-          {kFew8, kFew16},
-          {kPanel8, kPanel16}};
+  return {name,         soft_threshold,  magnitude_digit, collect_magnitudes, mask_magnitudes,
+          histogram,    quantize_rows,   pack_rows,       unpack_rows,        dequantize_rows,
+          linear_tiles, interleave_rows, kIntegerKernels};
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
