@@ -358,7 +358,9 @@ def main() -> None:
     readme, method = ROOT / "README.md", docs / "method.md"
     front = replace(readme.read_text(encoding="utf-8"), "performance", readme_performance(speed))
     steps, whole = rows("quantize_speed.jsonl"), rows("quantize_checkpoint.jsonl")
-    speed_page = performance_page(speed, quoted, models, heads) + quantizing_section(steps, whole)
+    speed_page = performance_page(speed, quoted, models, heads, rows("cpu_extras.jsonl")) + quantizing_section(
+        steps, whole
+    )
     wanted = {docs / "performance.md": speed_page}
     if recipes:
         front = replace(front, "recipes", readme_table(recipes))

@@ -292,6 +292,37 @@ def test_the_page_has_every_peer_limit_and_run(load: Any) -> None:
     assert "| 4 bits, a8 | 100 (50% read), 1.50 x |" in readme and "| 3 bits, a8 | 80.0 (-) |" in readme
 
 
+def test_targets_are_judged_by_what_was_measured(load: Any) -> None:
+    targets = load("targets")
+    many = {"limit": "int8_dot", "packed_bytes": 1}
+    data = [
+        row("precal 4b g64 c1 trellis a8", "precal", "a8", 100.0, share=0.93, packed_bytes=100),
+        row("precal 3b g64 c1 trellis a8", "precal", "a8", 90.0, share=0.9, bits=3, packed_bytes=75),
+        row("precal 4b g64 c0 trellis a8", "precal", "a8", 90.0, share=0.96, c=0, packed_bytes=96),
+        row("precal 4b g64 c1 trellis a8", "precal", "a8", 330.0, M=4, **many),
+        row("peer", "p 1", "a8", 660.0, M=4, bits=4.25),
+        row("precal 4b g64 c1 trellis a8", "precal", "a8", 7000.0, M=64, **many) | {"share": 0.7},
+        row("precal 4b g32 c1 trellis a8", "precal", "a8", 7000.0, M=64, group_size=32, **many) | {"share": 0.66},
+    ]
+    extras = [{"what": "L3, a8", "gbps": 140.0}, {"what": "prepack", "share": 0.2}, {"what": "prepack", "share": 0.4}]
+    lines = targets.target_lines(data, extras)
+    assert lines[1:] == [
+        "| target | measured | met |",
+        "|---|---|---|",
+        "| M = 1, 4 bits: 95 % of reading DRAM, 90 % at 4096x4096 | 93% | all |",
+        "| M = 1, 3 bits: 92 % of reading DRAM | 90% | no |",
+        "| M = 1: 3 bits 1.25 x as fast as 4 | 1.29 x | all |",
+        "| M = 1 from L3, a8: 150 GB/s | 140 GB/s | no |",
+        "| M = 4 and 16: 1.5 x the best peer of the same mode | 2.00 x | all |",
+        "| a8, M >= 64, groups of 64 and more: 75 % of the int8 peak | 70% | no |",
+        "| a8, M >= 64, groups of 32: 65 % | 66% | all |",
+        "| time per token at most 1.05 x that of a smaller M | 1.33 x | no |",
+        "| c = 1 costs at most 5 % | 8% | no |",
+        "| prepack: 30 % of memcpy | 20% to 40% | 1 of 2 |",
+    ]
+    assert targets.target_lines([], []) == []
+
+
 @pytest.mark.parametrize("present", [[], ["cpu_quoted.jsonl"], ["cpu.jsonl"], ["fit.jsonl", "sqnr.jsonl"]])
 def test_the_documents_can_be_made_from_the_results_there_are(
     load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, present: list[str]
