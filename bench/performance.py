@@ -64,12 +64,13 @@ compared by hand and has no figures here.
   = 64. The load is a line of x at a random column, from L2, which makes it two to three times that. Tried: gathers
   (slower), permutations instead of broadcasts of the values (no difference). Next: x in 16 bits for this purpose
   where it comes in 16 bits, 32 tokens a line.
-- **AVX2**: no 8-bit dot product that takes full range. Words and vpmaddwd need 4 instructions per 32 products, as
-  many as a float32 multiply-add does, so many tokens run at about the float32 peak of AVX2. One token needs 13
-  instructions to decode 64 codes of 8 rows and 10 for their dots, which 4 vector pipes turn into less than DRAM
-  gives: below the 85 % wanted. Tried: words for one token too (7 instead of 5 instructions per 32 products),
-  decoding into L1 first (slower). Next: AVX-VNNI as an instruction set of its own, which takes 3 or, with unsigned
-  levels, 1."""
+- **AVX2 and AVX-VNNI** (wanted: 85 % of reading DRAM at M = 1): AVX2 has no 8-bit dot product that takes full range.
+  Words and vpmaddwd need 4 instructions per 32 products, as many as a float32 multiply-add does, so many tokens run at
+  about the float32 peak of AVX2; vpdpbusd of AVX-VNNI needs 1. One token needs 13 instructions to decode 64 codes of 8
+  rows, half as wide as AVX-512's 2.5, and 10 (AVX2) or 2 (AVX-VNNI) for their dots: less than DRAM gives to a core.
+  Tried: words for one token too (7 instead of 5 instructions per 32 products), decoding into L1 first (slower), two
+  sums beside each other against the latency of a dot (kept), scales of a group as vectors instead of one by one (kept:
+  they were a third of the time). Next: GFNI on 256 bits for the history of the codes."""
 
 
 def machines(data: list[Row]) -> list[tuple[str, str, int]]:

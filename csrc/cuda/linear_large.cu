@@ -138,7 +138,7 @@ struct Large {
     uint32_t v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = look_up(table, windows[i], uint32_t(lane) % kLargeCopies);
+      const uint32_t pair = look_up(table + lane % kLargeCopies, windows[i]);
       v[i] = pack(scale * to_float(pair & 0xFFFFu), scale * to_float(pair >> 16));
     }
     return make_uint4(v[0], v[1], v[2], v[3]);

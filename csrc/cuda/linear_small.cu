@@ -167,12 +167,11 @@ struct Small {
         {window_of<kFirst + 1, 0, kAt, false>(words, 0), window_of<kFirst + 1, 1, kAt, false>(words, 0)},
         {window_of<kFirst + 2, 0, kAt, false>(words, 0), window_of<kFirst + 2, 1, kAt, false>(words, 0)},
         {window_of<kFirst + 3, 0, kAt, false>(words, 0), window_of<kFirst + 3, 1, kAt, false>(words, 0)}};
-    const uint32_t lane = uint32_t(l.lane);
+    const uint32_t* own = table + l.lane;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const uint32_t rows[4] = {look_up(table, windows[2 * s][0], lane), look_up(table, windows[2 * s][1], lane),
-                                look_up(table, windows[2 * s + 1][0], lane),
-                                look_up(table, windows[2 * s + 1][1], lane)};
+      const uint32_t rows[4] = {look_up(own, windows[2 * s][0]), look_up(own, windows[2 * s][1]),
+                                look_up(own, windows[2 * s + 1][0]), look_up(own, windows[2 * s + 1][1])};
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
         const uint4 v = fragments[o * 32 + l.lane];

@@ -37,8 +37,8 @@ __device__ __forceinline__ void build_table(uint32_t* table, const uint8_t* prep
   }
 }
 
-// Bits [kFirst, kFirst + kCount) of a lane's words of a chunk, put at bit kAt; all known when compiled: a shift and a
-// mask.
+// Bits [kFirst, kFirst + kCount) of a lane's words of a chunk, put at bit kAt; all known when compiled: a mask and a
+// shift, in this order, so that the shift and the addition of an address are one instruction (LEA).
 template <int kFirst, int kCount, int kAt, int kBits>
 __device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kBits]) {
   constexpr int kWord = kFirst / 32, kShift = kFirst % 32;
@@ -47,9 +47,9 @@ __device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kBits]) {
     static_assert(kShift >= kAt, "what crosses words begins far up");
     return __funnelshift_r(words[kWord], words[kWord + 1], kShift - kAt) & kMask;
   } else if constexpr (kShift >= kAt) {
-    return (words[kWord] >> (kShift - kAt)) & kMask;
+    return ptx::bits_in_place(words[kWord], kMask << (kShift - kAt)) >> (kShift - kAt);
   } else {
-    return (words[kWord] << (kAt - kShift)) & kMask;
+    return ptx::bits_in_place(words[kWord], kMask >> (kAt - kShift)) << (kAt - kShift);
   }
 }
 
@@ -72,9 +72,9 @@ __device__ __forceinline__ uint32_t window_of(const uint32_t (&words)[kBits], ui
   }
 }
 
-// Entry of table[window][kCopies] for a lane: `window` is at bit log2(4 * kCopies).
-__device__ __forceinline__ uint32_t look_up(const uint32_t* table, uint32_t window, uint32_t copy) {
-  return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(table) + (window | copy * 4));
+// Entry of table[window][kCopies]: `copy_of_table` is the lane's column of it, `window` is at bit log2(4 * kCopies).
+__device__ __forceinline__ uint32_t look_up(const uint32_t* copy_of_table, uint32_t window) {
+  return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(copy_of_table) + window);
 }
 
 // History of a lane's run: the last low bits of the lane that owns the columns before. `mine`: what this lane has for

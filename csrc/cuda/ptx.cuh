@@ -31,6 +31,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// v & mask, which no compiler exchanges with the shift that follows.
+__device__ __forceinline__ uint32_t bits_in_place(uint32_t v, uint32_t mask) {
+  uint32_t d;
+  asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(v), "r"(mask));
+  return d;
+}
+
 // Weights are read once: past L1, which holds what is read again.
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
   uint4 v;

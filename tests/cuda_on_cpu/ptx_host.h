@@ -21,6 +21,8 @@ void cp_async_wait() {
   shim::async_wait(kLeft);
 }
 
+inline uint32_t bits_in_place(uint32_t v, uint32_t mask) { return v & mask; }
+
 inline uint4 load_once(const uint4* from) { return *from; }
 
 void ldmatrix_x4(uint32_t (&out)[4], const void* row, const char* file = __builtin_FILE(), int line = __builtin_LINE());
