@@ -67,6 +67,7 @@ ORDER = [
     "html_report",
     "integrations",
     "__init__",  # re-exports; nobody before it may import from the package itself
+    "console",
     "cli",
     "__main__",
 ]
