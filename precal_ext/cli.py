@@ -32,6 +32,7 @@ from precal_ext.console import (
     return_freed_memory,
     size_of,
 )
+from precal_ext.interchange import add_commands
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
 MOST_SHOWN = 20  # messages of verify; --json has all
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--original", metavar="MODEL", help="model it was made from: its weights in the histograms")
     r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
     r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
+    add_commands(command)
     return parser
 
 
@@ -488,10 +490,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(
-            "precal: interrupted; OUT was not touched" if args.command == "quantize" else "precal: interrupted",
-            file=sys.stderr,
-        )
+        writes = args.command in ("quantize", "import", "export")
+        print("precal: interrupted; OUT was not touched" if writes else "precal: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _close_stdout()
