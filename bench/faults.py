@@ -49,8 +49,8 @@ from recipes import facts  # noqa: E402
 
 from precal_ext import convert, staging  # noqa: E402
 from precal_ext.checkpoint import ShardWriter  # noqa: E402
-from precal_ext.cli import size_of  # noqa: E402
 from precal_ext.config import QuantizeConfig  # noqa: E402
+from precal_ext.console import size_of  # noqa: E402
 from precal_ext.plan import BYTES_PER_ELEMENT, plan_quantization  # noqa: E402
 
 SETTINGS = {"bits": 4}

@@ -10,6 +10,8 @@ from precal_ext._version import __version__
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import quantize_checkpoint
+from precal_ext.exporting import export_checkpoint
+from precal_ext.importing import import_checkpoint
 from precal_ext.integrations.transformers import register_when_imported
 from precal_ext.linear import PrecalLinear, set_activations
 from precal_ext.model import load_quantized, quantize_model, save_quantized
@@ -29,6 +31,8 @@ __all__ = [
     "SelectionError",
     "WeightSpec",
     "__version__",
+    "export_checkpoint",
+    "import_checkpoint",
     "load_quantized",
     "quantize_checkpoint",
     "quantize_model",

@@ -7,8 +7,6 @@ refused, with the reason on stderr; 130 interrupted; 143 terminated.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import io
 import json
 import math
@@ -17,17 +15,26 @@ import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from precal_ext._version import __version__
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
+from precal_ext.console import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_REFUSED,
+    EXIT_TERMINATED,
+    TRIM_EVERY,
+    ProgressDisplay,
+    RefusedError,
+    resolve_model,
+    return_freed_memory,
+    size_of,
+)
+from precal_ext.interchange import add_commands
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
-TRIM_EVERY = 64 << 20  # bytes of weights
 MOST_SHOWN = 20  # messages of verify; --json has all
 INSPECT_COLUMNS = ("tensor", "shape", "bits", "group", "c", "alpha", "sqnr", "kl", "bpw")
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -113,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--original", metavar="MODEL", help="model it was made from: its weights in the histograms")
     r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
     r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
+    add_commands(command)
     return parser
 
 
@@ -155,15 +163,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def size_of(text: str) -> int:
-    """Bytes of a size as people write it: 5GB, 500MB, 1.5 TB; powers of 1000, as transformers counts."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)B?", text.upper())
-    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"must be a size like 500MB or 5GB, got {text!r}")
-    return size
-
-
 def _not_negative(text: str) -> float:
     try:
         value = float(text)
@@ -194,84 +193,16 @@ def _config(args: argparse.Namespace) -> Any:
     return QuantizeConfig.from_dict(fields)
 
 
-class RefusedError(ValueError):
-    """Input or output that cannot be used."""
-
-
-def _resolve_model(name: str) -> Path:
-    """A directory, or the local copy of a hub name."""
-    path = Path(name)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
-        raise RefusedError(f"{name}: must be a model directory or a hub name, got nothing there")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise RefusedError(f"{name}: must be a model directory; for hub names pip install 'precal[hf]'") from None
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # network, authentication, no such model: the hub's own words tell
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RefusedError(f"{name}: must be a model directory or a hub name that answers, got: {reason}") from None
-
-
-class ProgressDisplay:
-    """tqdm on a terminal; elsewhere a plain line at the start and about every five seconds."""
-
-    INTERVAL = 5.0
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._bar: Any = None
-        self._started = time.monotonic()
-        self._printed = -self.INTERVAL
-
-    def __call__(self, p: Any) -> None:
-        if self._stream.isatty():
-            from tqdm import tqdm
-
-            if self._bar is None:
-                self._bar = tqdm(
-                    total=p.bytes_total,
-                    initial=p.bytes_before,
-                    unit="B",
-                    unit_scale=True,
-                    file=self._stream,
-                    dynamic_ncols=True,
-                )
-            self._bar.set_description(f"{p.tensors_done}/{p.tensors} tensors", refresh=False)
-            self._bar.update(p.bytes_done - self._bar.n)
-            return
-        elapsed = time.monotonic() - self._started
-        if elapsed - self._printed < self.INTERVAL and p.tensors_done < p.tensors:
-            return
-        self._printed = elapsed
-        rate = (p.bytes_done - p.bytes_before) / max(elapsed, 1e-9)
-        left = (p.bytes_total - p.bytes_done) / max(rate, 1.0)
-        print(
-            f"{p.tensors_done}/{p.tensors} tensors, {p.bytes_done / 1e9:.2f} of {p.bytes_total / 1e9:.2f} GB, "
-            f"{rate / 1e9:.2f} GB/s, {left:.0f} s left",
-            file=self._stream,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _quantize(args: argparse.Namespace) -> int:
     from precal_ext import estimate
     from precal_ext.checkpoint import MAX_SHARD_BYTES
     from precal_ext.convert import EXPERTS_NOTE, load_lines, plan_quantization, run_plan
     from precal_ext.staging import folder_of
 
-    trim = _return_freed_memory()
+    trim = return_freed_memory()
     config = _config(args)
     max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
-    plan = plan_quantization(_resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
+    plan = plan_quantization(resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
     if args.dry_run:
         cost = estimate.estimate(plan)
         if args.json:
@@ -331,27 +262,6 @@ def _quantize(args: argparse.Namespace) -> int:
     for line in load_lines(args.out):
         print("    " + line)
     return EXIT_OK
-
-
-def _return_freed_memory() -> Callable[[], object]:
-    """Let tensors go back to the system when they are freed.
-
-    glibc learns from the first large ones that it frees to keep the next (up to 32 MB each) in its heap, where a small
-    object behind them holds them for ever: 1.7 GB while quantizing a model of 400 MB, against 0.35 GB this way. Tensors
-    below 1 MB stay there (half of the time would go into the system otherwise) and leave holes, 150 MB for every GB.
-
-    Returns:
-        A function that gives the holes back, to be called now and then.
-    """
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 1 << 20)
-        mallopt(trim_threshold, 16 << 20)
-        mallopt(arena_max, 1)
-        malloc_trim = ctypes.CDLL(None).malloc_trim
-        return lambda: malloc_trim(0)
-    return lambda: None
 
 
 def _quiet_host() -> None:
@@ -416,7 +326,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     speed = bench.bench(
         args.model,
-        None if args.original is None else _resolve_model(args.original),
+        None if args.original is None else resolve_model(args.original),
         tokens=args.tokens,
         prompt_length=args.prompt_length,
         rounds=args.rounds,
@@ -436,7 +346,7 @@ def _demo(args: argparse.Namespace) -> int:
     _quiet_host()
     if args.model is None and not (DEMO / "llama-6m").is_dir():
         raise RefusedError("demo: MODEL must be given, the embedded one comes with the source tree only")
-    model = DEMO / "llama-6m" if args.model is None else _resolve_model(args.model)
+    model = DEMO / "llama-6m" if args.model is None else resolve_model(args.model)
     text = DEMO / "text.txt" if args.text is None else Path(args.text)
     if not text.is_file():
         raise RefusedError(f"{text}: must be a text file to measure on, got none; give --text FILE")
@@ -484,7 +394,7 @@ def _verify(args: argparse.Namespace) -> int:
     from precal_ext.verify import verify
 
     _quiet_host()
-    original = None if args.original is None else _resolve_model(args.original)
+    original = None if args.original is None else resolve_model(args.original)
     result = verify(Path(args.model), original)
     code = EXIT_OK if result.sound else EXIT_REFUSED
     if args.json:
@@ -513,7 +423,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from precal_ext import survey
 
     stored = survey.Stored.open(Path(args.model))
-    original = None if args.original is None else survey.Original(_resolve_model(args.original))
+    original = None if args.original is None else survey.Original(resolve_model(args.original))
     rows = survey.sort_rows(survey.rows(stored, original), args.sort, args.reverse)
     total = survey.total(rows)
     if args.json:
@@ -546,7 +456,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.text is not None and args.original is None:
         raise RefusedError("report: --text needs --original MODEL, to compare the loss with")
     _quiet_host()
-    original = None if args.original is None else _resolve_model(args.original)
+    original = None if args.original is None else resolve_model(args.original)
     loss = None
     content = html_report.gather(Path(args.model), original)
     if args.text is not None and original is not None:
@@ -580,10 +490,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(
-            "precal: interrupted; OUT was not touched" if args.command == "quantize" else "precal: interrupted",
-            file=sys.stderr,
-        )
+        writes = args.command in ("quantize", "import", "export")
+        print("precal: interrupted; OUT was not touched" if writes else "precal: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _close_stdout()

@@ -42,7 +42,9 @@ __all__ = [
     "EXPERTS_NOTE",
     "Plan",
     "Progress",
+    "digested",
     "entry",
+    "has_digest",
     "load_lines",
     "model_card",
     "plan_quantization",
@@ -215,7 +217,7 @@ def _run(
         made = {}
         if q is None:
             digest = hashlib.sha256()
-            writer.write_chunks(job.info.name, _digested(read_chunks(job.info), digest))
+            writer.write_chunks(job.info.name, digested(read_chunks(job.info), digest))
             made[job.info.name] = digest.hexdigest()
         else:
             for key, tensor in q.tensors.items():
@@ -244,7 +246,8 @@ def _set_of(job: Job) -> str:
     return job.info.name if job.spec is None or job.decision is None else "set " + job.decision.fusion_set
 
 
-def _digested(chunks: Iterable[memoryview], digest: Any) -> Iterator[memoryview]:
+def digested(chunks: Iterable[memoryview], digest: Any) -> Iterator[memoryview]:
+    """The same chunks, each taken into the digest on the way."""
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
@@ -259,7 +262,7 @@ def _finished_before(plan: Plan, work: Work, writer: ShardWriter) -> tuple[dict[
         job = jobs.get(str(record.get("tensor")))
         if job is None or set(record["digests"]) != set(job.outputs):
             continue
-        if all(_has_digest(writer.info(name), digest) for name, digest in record["digests"].items()):
+        if all(has_digest(writer.info(name), digest) for name, digest in record["digests"].items()):
             found[job.info.name] = Entry.from_record(record["entry"])
             # In the order of the outputs: a report has the same bytes however often a run was interrupted.
             digests[job.info.name] = {name: record["digests"][name] for name in job.outputs}
@@ -268,10 +271,11 @@ def _finished_before(plan: Plan, work: Work, writer: ShardWriter) -> tuple[dict[
     return found, digests
 
 
-def _has_digest(info: TensorInfo, expected: str) -> bool:
+def has_digest(info: TensorInfo, expected: str) -> bool:
+    """Whether a tensor is on the disk as it was written."""
     digest = hashlib.sha256()
     try:
-        for _ in _digested(read_chunks(info), digest):
+        for _ in digested(read_chunks(info), digest):
             pass
     except OSError:  # cut short, or not there
         return False

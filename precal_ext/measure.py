@@ -59,7 +59,7 @@ def measure(w: Tensor, q: QTensor) -> Figures:
     """Compare a weight [N, K] with its quantized form, a few rows at a time: nothing as large as the weight is made."""
     power = noise = 0.0
     salient = 0
-    for rows, part in _parts(q):
+    for rows, part in row_parts(q):
         original = w[rows].to(torch.float64, copy=True)
         power += sum_squares(original)
         noise += sum_squares(original.sub_(part.dequantize()))
@@ -69,7 +69,7 @@ def measure(w: Tensor, q: QTensor) -> Figures:
     return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)
 
 
-def _parts(q: QTensor) -> Iterator[tuple[slice, QTensor]]:
+def row_parts(q: QTensor) -> Iterator[tuple[slice, QTensor]]:
     """The rows of a weight, some 10^5 weights at a time, each part a weight of its own."""
     step = max(1, _ROWS_AT_ONCE // max(1, q.spec.K))
     for first in range(0, q.spec.N, step):
@@ -122,7 +122,7 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
         bins *= 2
     half = level_range(spec.uniform, spec.bits)
     counts = torch.zeros((spec.grid_size, bins) if spec.trellis else (bins,), dtype=torch.int64)
-    for rows, part in _parts(q):
+    for rows, part in row_parts(q):
         mask = outlier_mask(part)
         label = part.level_index() if spec.trellis else None
         parts: list[tuple[str, Tensor | None]] = [("weight_scale", mask)]

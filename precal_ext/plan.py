@@ -26,6 +26,7 @@ from precal_ext.checkpoint import (
 )
 from precal_ext.config import QuantizeConfig
 from precal_ext.foreign import quantized_by
+from precal_ext.packed import METHODS
 from precal_ext.qtensor import WeightSpec
 from precal_ext.select import Decision, LinearModules, decide, find_linears, is_expert, keep_sets_of
 from precal_ext.staging import fingerprint, read_journal
@@ -158,7 +159,8 @@ def plan_quantization(
     existing = model_config.get("quantization_config")
     if existing:
         method = existing.get("quant_method", "unknown") if isinstance(existing, dict) else existing
-        raise CheckpointError(f"{model}: must not be quantized yet, got a model quantized by {method!r}")
+        hint = "; `precal import` keeps its codes" if method in METHODS else ""
+        raise CheckpointError(f"{model}: must not be quantized yet, got a model quantized by {method!r}{hint}")
     index = read_index(model)
     foreign = quantized_by(index)
     if foreign is not None:

@@ -239,6 +239,7 @@ class LinearModules:
         model_names: checkpoint name -> name in the model, where they differ.
         source: how they were found.
         shared: output head that is absent -> the tensor of the checkpoint whose weight it uses.
+        unbiased: those that have no bias in the model, where the model is known.
     """
 
     names: tuple[str, ...]
@@ -248,6 +249,7 @@ class LinearModules:
     model_names: Mapping[str, str]
     source: str
     shared: Mapping[str, str] = field(default_factory=dict)
+    unbiased: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``from_dict`` gives the same back."""
@@ -255,7 +257,7 @@ class LinearModules:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LinearModules:
-        sets = {key: frozenset(data[key]) for key in ("heads", "tied", "absent")}
+        sets = {key: frozenset(data.get(key, ())) for key in ("heads", "tied", "absent", "unbiased")}
         return cls(**{**data, **sets, "names": tuple(data["names"])})
 
 
@@ -331,8 +333,8 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
         """Checkpoints of a base model lack its prefix."""
         return name if name in matrices else name.removeprefix(answer["prefix"])
 
-    names, heads, tied, absent, model_names, shared = set(), set(), set(), set(), {}, {}
-    for name, the_head, tied_to in answer["linears"]:
+    names, heads, tied, absent, unbiased, model_names, shared = set(), set(), set(), set(), set(), {}, {}
+    for name, the_head, tied_to, biased in answer["linears"]:
         stored = stored_as(name)
         if stored not in matrices:
             absent.add(name)
@@ -346,13 +348,15 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
             heads.add(stored)
         if tied_to is not None:
             tied.add(stored)
+        if not biased:
+            unbiased.add(stored)
     sets = frozenset(heads), frozenset(tied), frozenset(absent)
-    return LinearModules(tuple(names), *sets, model_names, "transformers", shared)
+    return LinearModules(tuple(names), *sets, model_names, "transformers", shared, frozenset(unbiased))
 
 
 def _linears_of(folder: Path) -> dict[str, Any]:
     """The linear modules of transformers' model, built without memory: name, whether it is the head, which module it
-    shares its weight with."""
+    shares its weight with, whether it has a bias."""
     import transformers
 
     try:
@@ -365,7 +369,11 @@ def _linears_of(folder: Path) -> dict[str, Any]:
         return {"error": f"version {transformers.__version__}: {reason}"}
     head = model.get_output_embeddings()
     tied = {k: v.removesuffix(".weight") for k, v in (getattr(model, "all_tied_weights_keys", None) or {}).items()}
-    linears = [(name, m is head, tied.get(f"{name}.weight")) for name, m in model.named_modules() if is_linear(m)]
+    linears = [
+        (name, m is head, tied.get(f"{name}.weight"), m.bias is not None)
+        for name, m in model.named_modules()
+        if is_linear(m)
+    ]
     return {"prefix": model.base_model_prefix + ".", "linears": linears}
 
 

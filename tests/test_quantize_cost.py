@@ -71,8 +71,8 @@ def test_peak_memory(tmp_path: Path, dtype: torch.dtype, recipe: str) -> None:
 # Blocks as small tensors are, with something that stays behind each.
 HOLES = """
 import ctypes, re
-from precal_ext.cli import _return_freed_memory
-trim, c = _return_freed_memory(), ctypes.CDLL(None)
+from precal_ext.console import return_freed_memory
+trim, c = return_freed_memory(), ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def rss():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -102,7 +102,7 @@ def test_the_heap_is_looked_after_while_quantizing(
     run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(cli, "_return_freed_memory", lambda: lambda: calls.append(1))
+    monkeypatch.setattr(cli, "return_freed_memory", lambda: lambda: calls.append(1))
     monkeypatch.setattr(cli, "TRIM_EVERY", 1)
     assert run("quantize", tiny, tmp_path / "out", "--quiet")[0] == 0
     assert len(calls) == 29
@@ -201,7 +201,7 @@ def test_shards_and_index_are_those_of_transformers(tmp_path: Path, max_bytes: i
     ("text", "size"), [("500", 500), ("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("2K", 2000), ("1TB", 10**12)]
 )
 def test_sizes(text: str, size: int) -> None:
-    from precal_ext.cli import size_of
+    from precal_ext.console import size_of
 
     assert size_of(text) == size
 
