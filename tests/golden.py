@@ -30,8 +30,7 @@ Cases = dict[str, tuple[int, int, dict[str, Any]]]
 CASES: dict[str, Cases] = {
     "precal": {
         **{f"bits{bits}": (3, 260, {"bits": bits}) for bits in range(2, 9)},
-        "bits7_trellis": (3, 260, {"bits": 7, "grid": "fitted", "trellis": True}),
-        **{f"bits{bits}_plain": (3, 260, {"bits": bits, "trellis": False}) for bits in (3, 4, 8)},
+        **{f"bits{bits}_plain": (3, 260, {"bits": bits, "trellis": False}) for bits in (3, 4)},
         **{f"bits{bits}_uniform": (3, 260, {"bits": bits, "grid": "uniform", "trellis": False}) for bits in (2, 4, 8)},
         **{f"group{size}": (3, 260, {"bits": 3, "group_size": size}) for size in (16, 32, 128, -1)},
         "group_odd": (3, 260, {"group_size": 13}),
