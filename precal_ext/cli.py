@@ -194,17 +194,40 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    from precal_ext import ranks
+    from precal_ext.convert import run_share
+
+    trim = _trimming()
+    return ranks.together(
+        lambda team: _quantize_as_leader(args, trim, team), lambda team: run_share(args.model, team, trim)
+    )
+
+
+def _trimming() -> Callable[[int], None]:
+    """To be called with the bytes of weights so far; gives the heap's holes back now and then."""
+    trim, trimmed = return_freed_memory(), 0
+
+    def done(count: int) -> None:
+        nonlocal trimmed
+        if count - trimmed >= TRIM_EVERY:
+            trimmed = count
+            trim()
+
+    return done
+
+
+def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], team: Any) -> int:
     from precal_ext import estimate
     from precal_ext.checkpoint import MAX_SHARD_BYTES
     from precal_ext.convert import EXPERTS_NOTE, load_lines, plan_quantization, run_plan
     from precal_ext.staging import folder_of
 
-    trim = return_freed_memory()
+    processes = 1 if team is None else team.size
     config = _config(args)
     max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
     plan = plan_quantization(resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
     if args.dry_run:
-        cost = estimate.estimate(plan)
+        cost = estimate.estimate(plan, processes)
         if args.json:
             print(json.dumps(estimate.to_dict(plan, cost)))
         else:
@@ -213,18 +236,14 @@ def _quantize(args: argparse.Namespace) -> int:
 
     def announce() -> None:
         try:
-            print("\n".join(estimate.estimate(plan).lines()), flush=True)
+            print("\n".join(estimate.estimate(plan, processes).lines()), flush=True)
         except BrokenPipeError:  # nobody reads; the model is wanted all the same
             _close_stdout()
 
     display = None if args.quiet else ProgressDisplay(sys.stderr)
-    trimmed = 0
 
     def progress(p: Any) -> None:
-        nonlocal trimmed
-        if p.bytes_done - trimmed >= TRIM_EVERY:
-            trimmed = p.bytes_done
-            trim()
+        trim(p.bytes_done)
         if display is not None:
             display(p)
 
@@ -234,6 +253,7 @@ def _quantize(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=progress,
             announce=None if args.json or args.quiet else announce,
+            team=team,
         )
     except (KeyboardInterrupt, SystemExit, OSError):
         if display is not None:

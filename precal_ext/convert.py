@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from precal_ext.checkpoint import (
 from precal_ext.config import QuantizeConfig
 from precal_ext.digest import sha256
 from precal_ext.measure import measure
-from precal_ext.plan import EXPERTS_NOTE, Job, Plan, plan_quantization, what_is_copied
+from precal_ext.plan import EXPERTS_NOTE, Job, Plan, plan_as_told, plan_quantization, shares, what_is_copied
 from precal_ext.qtensor import QTensor
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight
+from precal_ext.ranks import Follower, Leader, Message, Payload
 from precal_ext.report import REPORT_NAME, Entry, Report
 from precal_ext.select import Decision, is_expert, model_format
 from precal_ext.staging import Work, fingerprint
@@ -50,6 +52,7 @@ __all__ = [
     "plan_quantization",
     "quantize_checkpoint",
     "run_plan",
+    "run_share",
 ]
 
 
@@ -104,11 +107,13 @@ def run_plan(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     announce: Callable[[], None] | None = None,
+    team: Leader | None = None,
 ) -> Report:
     """Do what a plan says; arguments and errors as ``quantize_checkpoint``.
 
     Args:
         announce: called when the output is this process's alone and has room, before the first tensor.
+        team: other processes that do their share with ``run_share``.
     """
     started = time.monotonic()
     report = Report(plan.config, notes=[f"linear layers found by {plan.found.source}"])
@@ -130,12 +135,11 @@ def run_plan(
     try:
         writer = plan.writer(work.new)
         try:
-            report.entries, report.digests = _run(plan, work, writer, progress)
+            report.entries, report.digests = _run(plan, work, writer, progress, team)
             writer.finish()
         finally:
             writer.close()
-        if fingerprint(plan.model, weight_files(plan.model)) != plan.known:
-            raise CheckpointError(f"{plan.model}: must stay as it is while it is quantized, got changed files")
+        _check_unchanged(plan)
         fmt = model_format(plan.decisions, plan.config, plan.found.absent, plan.found.model_names)
         tying = {"tie_word_embeddings": False} if plan.untied else {}
         model_config = {**plan.model_config, **tying, "quantization_config": fmt.to_dict()}
@@ -165,71 +169,159 @@ def _check_room(plan: Plan, work: Work) -> None:
         )
 
 
-def _run(
-    plan: Plan, work: Work, writer: ShardWriter, progress: Callable[[Progress], None] | None
-) -> tuple[list[Entry], dict[str, str]]:
-    entries, digests = _finished_before(plan, work, writer)
-    pending = [job for job in plan.jobs if job.info.name not in entries]
-    sets: dict[str, list[Job]] = {}
-    for job in plan.jobs:
-        if job.spec is not None and job.decision is not None:
-            sets.setdefault(job.decision.fusion_set, []).append(job)
-    # The reader samples a set with the first of its members that is still to do.
-    first = {_set_of(job): job for job in reversed(pending)}
-    grids: dict[str, Tensor | None] = {}
-    total = sum(job.info.nbytes for job in plan.jobs)
-    before = done = total - sum(job.info.nbytes for job in pending)
+class _Quantizer:
+    """Reads and quantizes some of a plan's tensors, in order; of a fusion set all that are to do, one after another.
 
-    def read(job: Job) -> tuple[Tensor, list[Tensor]] | None:
+    Args:
+        check: called before every step; raises to end the work.
+    """
+
+    def __init__(self, plan: Plan, pending: Sequence[Job], check: Callable[[], None]) -> None:
+        self._plan, self._check = plan, check
+        self._sets: dict[str, list[Job]] = {}
+        for job in plan.jobs:
+            if job.spec is not None and job.decision is not None:
+                self._sets.setdefault(job.decision.fusion_set, []).append(job)
+        # The reader samples a set with the first of its members that is still to do.
+        self._first = {_set_of(job): job for job in reversed(pending)}
+        self._grids: dict[str, Tensor | None] = {}
+
+    def read(self, job: Job) -> tuple[Tensor, list[Tensor]] | None:
+        self._check()
         if job.spec is None or job.decision is None:
             return None
-        fitted = first[_set_of(job)] is job and not job.decision.settings(plan.config).uniform
-        members = sets[job.decision.fusion_set] if fitted else []
+        fitted = self._first[_set_of(job)] is job and not job.decision.settings(self._plan.config).uniform
+        members = self._sets[job.decision.fusion_set] if fitted else []
         samples = [read_sample(member.info, max(1, SAMPLE // len(members))) for member in members]
         return read_weight(job.info), samples
 
-    def compute(job: Job, given: tuple[Tensor, list[Tensor]] | None) -> QTensor | None:
-        nonlocal done
-        q = None
+    def compute(self, job: Job, given: tuple[Tensor, list[Tensor]] | None) -> tuple[Entry, QTensor | None]:
+        self._check()
         if given is None or job.decision is None:
             action, reason = what_is_copied(job)
-            entries[job.info.name] = Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info))
-        else:
-            w, samples = given
-            check_finite(job.info, w)
-            settings, name = job.decision.settings(plan.config), job.decision.fusion_set
-            if name not in grids:
-                for member, sample in zip(sets[name], samples, strict=False):
-                    if not bool(torch.isfinite(sample).all()):
-                        check_finite(member.info, read_weight(member.info))
-                with _refused_by_name(sets[name]):
-                    grids[name] = fit_set_grid(samples, settings) if samples else None
-                samples.clear()
-            with _refused_by_name([job]):
-                q = quantize_weight(w, settings, grids[name])
-            entries[job.info.name] = entry(job.decision, settings, w, q, _dtype(job.info))
-        done += job.info.nbytes
-        if progress is not None:
-            progress(Progress(job.info.name, len(entries), len(plan.jobs), done, total, before))
+            return Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info)), None
+        w, samples = given
+        check_finite(job.info, w)
+        settings, name = job.decision.settings(self._plan.config), job.decision.fusion_set
+        if name not in self._grids:
+            members = self._sets[name]
+            for member, sample in zip(members, samples, strict=False):
+                if not bool(torch.isfinite(sample).all()):
+                    check_finite(member.info, read_weight(member.info))
+            with _refused_by_name(members):
+                self._grids[name] = fit_set_grid(samples, settings) if samples else None
+            samples.clear()
+        with _refused_by_name([job]):
+            q = quantize_weight(w, settings, self._grids[name])
+        return entry(job.decision, settings, w, q, _dtype(job.info)), q
+
+
+def _run(
+    plan: Plan,
+    work: Work,
+    writer: ShardWriter,
+    progress: Callable[[Progress], None] | None,
+    team: Leader | None,
+) -> tuple[list[Entry], dict[str, str]]:
+    entries, digests = _finished_before(plan, work, writer)
+    pending = [job for job in plan.jobs if job.info.name not in entries]
+    by_name = {job.info.name: job for job in pending}
+    own = pending if team is None else shares(pending, team.size)[0]
+    quantizer = _Quantizer(plan, own, _nothing if team is None else team.check)
+    writing: contextlib.AbstractContextManager[object] = contextlib.nullcontext() if team is None else team.writing
+    counting = threading.Lock()
+    total = sum(job.info.nbytes for job in plan.jobs)
+    before = done = total - sum(job.info.nbytes for job in pending)
+
+    def count(job: Job, made: Entry) -> None:
+        nonlocal done
+        with counting:
+            entries[job.info.name] = made
+            done += job.info.nbytes
+            if progress is not None:
+                progress(Progress(job.info.name, len(entries), len(plan.jobs), done, total, before))
+
+    def compute(job: Job, given: tuple[Tensor, list[Tensor]] | None) -> QTensor | None:
+        made, q = quantizer.compute(job, given)
+        count(job, made)
         return q
 
-    def write(job: Job, q: QTensor | None) -> None:
-        made = {}
-        if q is None:
-            digest = hashlib.sha256()
-            writer.write_chunks(job.info.name, digested(read_chunks(job.info), digest))
-            made[job.info.name] = digest.hexdigest()
-        else:
-            for key, tensor in q.tensors.items():
-                writer.write(f"{job.module}.{key}", tensor)
-                made[f"{job.module}.{key}"] = sha256(tensor)
+    def record(job: Job, made: dict[str, str]) -> None:
         digests[job.info.name] = made
         work.record({"tensor": job.info.name, "digests": made, "entry": entries[job.info.name].to_record()})
 
-    pipeline.run(pending, read, compute, write, lambda job: job.memory, plan.memory_limit)
-    # In the order of the plan, whatever an earlier run had finished.
+    def write(job: Job, q: QTensor | None) -> None:
+        with writing:
+            if q is None:
+                digest = hashlib.sha256()
+                writer.write_chunks(job.info.name, digested(read_chunks(job.info), digest))
+                record(job, {job.info.name: digest.hexdigest()})
+            else:
+                for key, tensor in q.tensors.items():
+                    writer.write(f"{job.module}.{key}", tensor)
+                record(job, _digests_of(job, q))
+
+    def deliver(message: Message, payload: Payload) -> None:
+        job = by_name[message["tensor"]]
+        for name in job.outputs:
+            writer.write_chunks(name, payload.take(writer.info(name).nbytes))
+        count(job, Entry.from_record(message["entry"]))
+        record(job, message["digests"])
+
+    try:
+        if team is not None:
+            team.begin({**plan.to_tell(), "pending": list(by_name)}, deliver)
+        pipeline.run(own, quantizer.read, compute, write, lambda job: job.memory, plan.memory_limit)
+        if team is not None:
+            team.finish()
+    except BaseException as error:
+        if team is not None:
+            team.halt(error)  # nothing arrives any more
+        raise
+    # In the order of the plan, whatever an earlier run had finished, and whoever did it.
     names = [job.info.name for job in plan.jobs]
     return [entries[n] for n in names], {key: value for n in names for key, value in digests[n].items()}
+
+
+def run_share(model: str | Path, team: Follower, progress: Callable[[int], None] | None = None) -> None:
+    """Quantize what rank 0 leaves to this rank, and send it there.
+
+    Args:
+        model: the model's directory, or what rank 0 may know as one.
+        progress: called after every tensor with the bytes of input so far.
+    """
+    told = team.plan()
+    plan = plan_as_told(Path(model) if Path(model).is_dir() else Path(told["model"]), told)
+    names = set(told["pending"])
+    own = shares([job for job in plan.jobs if job.info.name in names], team.size)[team.rank]
+    quantizer = _Quantizer(plan, own, team.check)
+    done = 0
+
+    def write(job: Job, result: tuple[Entry, QTensor | None]) -> None:
+        nonlocal done
+        made, q = result
+        assert q is not None
+        message = {"is": "tensor", "tensor": job.info.name, "digests": _digests_of(job, q), "entry": made.to_record()}
+        team.send(message, list(q.tensors.values()))
+        done += job.info.nbytes
+        if progress is not None:
+            progress(done)
+
+    pipeline.run(own, quantizer.read, quantizer.compute, write, lambda job: job.memory, plan.memory_limit)
+    _check_unchanged(plan)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _check_unchanged(plan: Plan) -> None:
+    if fingerprint(plan.model, weight_files(plan.model)) != plan.known:
+        raise CheckpointError(f"{plan.model}: must stay as it is while it is quantized, got changed files")
+
+
+def _digests_of(job: Job, q: QTensor) -> dict[str, str]:
+    return {f"{job.module}.{key}": sha256(tensor) for key, tensor in q.tensors.items()}
 
 
 @contextlib.contextmanager

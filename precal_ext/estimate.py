@@ -33,22 +33,25 @@ class Estimate:
     seconds: float
     tensors: int
     recorded: int
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
+        each = "" if self.processes == 1 else f" in each of {self.processes} processes"
         lines = [
-            f"memory at most {_size(self.memory_bytes)}, disk {_size(self.disk_bytes)} of {_size(self.free_bytes)} "
-            f"free, time about {_time(self.seconds)}"
+            f"memory at most {_size(self.memory_bytes)}{each}, disk {_size(self.disk_bytes)} of "
+            f"{_size(self.free_bytes)} free, time about {_time(self.seconds)}"
         ]
         if self.recorded:
             lines.append(f"continues an unfinished run: {self.recorded} of {self.tensors} tensors are recorded")
         return lines
 
 
-def estimate(plan: Plan) -> Estimate:
-    """Memory from the sizes of what is under way at once, time from a trial of the settings on this machine."""
+def estimate(plan: Plan, processes: int = 1) -> Estimate:
+    """Memory from the sizes of what is under way at once, time from a trial of the settings on this machine, which is
+    taken for that of each process."""
     held = sorted((job.memory for job in plan.jobs), reverse=True)
     # One tensor is read, one computed, one written, and DEPTH wait on either side.
     under_way = max(held[0], min(plan.memory_limit, sum(held[: 3 + 2 * DEPTH])))
@@ -61,9 +64,10 @@ def estimate(plan: Plan) -> Estimate:
         base + under_way + SCRATCH_BYTES,
         disk,
         shutil.disk_usage(folder).free,
-        max(_computing(plan), _reading(plan)),
+        max(_computing(plan), _reading(plan)) / processes,
         len(plan.jobs),
         plan.recorded(),
+        processes,
     )
 
 

@@ -38,6 +38,9 @@ QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What all tensors under way may take: bytes per element of the largest, whatever their dtype.
 BYTES_PER_ELEMENT = 8
 
+# Bytes that are copied in the time that quantizing one takes, roughly: what balances the shares of several processes.
+COPIES_PER_QUANTIZED = 8
+
 
 @dataclass(frozen=True)
 class Job:
@@ -90,6 +93,7 @@ class Plan:
     jobs: Sequence[Job]
     max_shard_bytes: int
     known: Mapping[str, Any] = field(repr=False)  # fingerprint of the model
+    nonfinite: Mapping[str, str] = field(default_factory=dict)  # modules that are kept for it -> why
 
     @property
     def header(self) -> dict[str, Any]:
@@ -120,6 +124,16 @@ class Plan:
         """Bytes of all weights under way."""
         return BYTES_PER_ELEMENT * self.largest
 
+    def to_tell(self) -> dict[str, Any]:
+        """JSON from which another process makes the same plan, without asking or reading again (``told``)."""
+        found = {"linears": self.found.to_dict(), "nonfinite": dict(self.nonfinite)}
+        return {
+            "model": str(self.model.absolute()),
+            "out": str(self.out.absolute()),
+            "header": _as_json(self.header),
+            **found,
+        }
+
     def writer(self, folder: Path) -> ShardWriter:
         outputs = {name: value for job in self.jobs for name, value in job.outputs.items()}
         elements = sum(math.prod(job.info.shape) for job in self.jobs)
@@ -138,9 +152,12 @@ def plan_quantization(
     config: QuantizeConfig | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    told: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide what ``quantize_checkpoint`` does, from headers and names alone; writes nothing.
 
+    Args:
+        told: ``to_tell`` of the plan that another process has made.
     Raises:
         CheckpointError: the input or output cannot be used.  SelectionError: it is unclear what to quantize.
     """
@@ -168,8 +185,8 @@ def plan_quantization(
     plan = Plan(
         model, out, config, model_config, _NOTHING, (), (), max_shard_bytes, fingerprint(model, weight_files(model))
     )
-    before, _ = read_journal(out)
-    if before is not None and "linears" in before and plan.recorded():
+    before = told or read_journal(out)[0]
+    if before is not None and "linears" in before and (told or plan.recorded()):
         found = LinearModules.from_dict(before["linears"])  # asked once, when the run was begun
     else:
         found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
@@ -177,14 +194,59 @@ def plan_quantization(
     heads, tied = {*found.heads, *shared}, {*found.tied, *shared}
     decisions = decide([*found.names, *shared], config, heads, tied, _model_type(model_config))
     jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
+    nonfinite: Mapping[str, str] = {}
     if config.skip_nonfinite:
-        decisions = keep_sets_of(decisions, _nonfinite(jobs))
+        nonfinite = told["nonfinite"] if told else _nonfinite(jobs)
+        decisions = keep_sets_of(decisions, nonfinite)
         jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
     if not any(job.spec for job in jobs):
         raise CheckpointError(
             f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
         )
-    return dataclasses.replace(plan, found=found, decisions=decisions, jobs=jobs)
+    return dataclasses.replace(plan, found=found, decisions=decisions, jobs=jobs, nonfinite=nonfinite)
+
+
+def plan_as_told(model: Path, told: Mapping[str, Any]) -> Plan:
+    """The plan of another process, made again from the model as this one sees it.
+
+    Raises:
+        CheckpointError: this is another model, or another precal.
+    """
+    header = told["header"]
+    config, shard_size = QuantizeConfig.from_dict(header["settings"]), header["max_shard_size"]
+    plan = plan_quantization(model, told["out"], config, max_shard_bytes=shard_size, told=told)
+    mine = _as_json(plan.header)
+    for what in ("version", "format_version", "settings"):
+        if mine[what] != header[what]:
+            raise CheckpointError(f"precal: {what} must be that of rank 0, {header[what]}, got {mine[what]}")
+    for what in ("files", "config"):
+        if mine["model"][what] != header["model"][what]:
+            raise CheckpointError(
+                f"{model}: must be the model of rank 0, with the same times of change, got other {what}; let every "
+                "machine see the same directory, or copy it with its times (rsync -a)"
+            )
+    return plan
+
+
+def shares(jobs: Sequence[Job], count: int) -> list[list[Job]]:
+    """What each of ``count`` processes does, each in the order given: about the same number of bytes.
+
+    A fusion set stays together, so that its grid is fitted once; the largest goes first, to who has least. What is
+    copied is the first process's, which writes.
+    """
+    units: dict[str, list[Job]] = {}
+    load, owner = [0.0] * count, {}
+    for job in jobs:
+        if job.spec is None or job.decision is None:
+            owner[job.info.name] = 0
+            load[0] += job.info.nbytes / COPIES_PER_QUANTIZED
+        else:
+            units.setdefault(job.decision.fusion_set, []).append(job)
+    for unit in sorted(units.values(), key=lambda unit: -sum(job.info.nbytes for job in unit)):
+        least = min(range(count), key=load.__getitem__)
+        load[least] += sum(job.info.nbytes for job in unit)
+        owner.update((job.info.name, least) for job in unit)
+    return [[job for job in jobs if owner[job.info.name] == rank] for rank in range(count)]
 
 
 _NOTHING = LinearModules((), frozenset(), frozenset(), frozenset(), {}, "")

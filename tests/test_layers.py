@@ -52,6 +52,7 @@ ORDER = [
     "checkpoint",
     "staging",
     "pipeline",
+    "ranks",
     "report",
     "weights",
     "packed",
