@@ -88,9 +88,10 @@ def together(lead: Callable[[Leader | None], int], follow: Callable[[Follower], 
 
 
 def _share_cores() -> None:
-    """The cores of the machine for the processes on it. torchrun sets one thread where nobody has set a number."""
+    """The cores of the machine for the processes on it. For more than one, torchrun sets a single thread each where
+    nobody has set a number."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
 
 
@@ -477,7 +478,10 @@ class Follower:
 
 
 def _first_to_say(what: str) -> bool:
-    """Whether no other rank has said it. torchrun's own process keeps the note, so that it outlives rank 0."""
+    """Whether no other rank has said it. torchrun's own process keeps the note, so that it outlives rank 0; without
+    torchrun rank 0 had it, and rank 1 speaks."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.get_rank() == 1
     try:
         store = dist.distributed_c10d._get_default_store()
         return int(store.add(f"precal/{what}", 1)) == 1

@@ -193,7 +193,7 @@ def test_rank_0_is_named_when_it_is_killed(run: Run, tiny: Path, tmp_path: Path,
         pid = int(appears(tmp_path / "pid"))
         running.kill(0)
         assert running.wait() == [-signal.SIGKILL, 3, 3]
-        assert f"rank 0 ({os.uname().nodename}, pid {pid}) ended without a word" in running.err
+        assert f"rank 0 ({os.uname().nodename}, pid {pid}) ended without a word" in one_error(running.err)
     assert not out.exists()
     assert run(*command)[0] == 0
     assert digests(out) == whole
