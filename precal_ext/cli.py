@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument(
         "--max-shard-size", type=size_of, metavar="SIZE", help="bytes of a file of weights, as 5GB (default 50GB)"
     )
+    q.add_argument(
+        "--tp", type=_positive, default=1, metavar="N", help="make groups small enough for N tensor-parallel slices"
+    )
     q.add_argument("--dry-run", action="store_true", help="print what would be done to each tensor, and stop")
     q.add_argument("--quiet", action="store_true", help="no progress")
     q.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -225,7 +228,8 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     processes = 1 if team is None else team.size
     config = _config(args)
     max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
-    plan = plan_quantization(resolve_model(args.model), args.out, config, max_shard_bytes=max_shard_bytes)
+    model = resolve_model(args.model)
+    plan = plan_quantization(model, args.out, config, max_shard_bytes=max_shard_bytes, tensor_parallel=args.tp)
     if args.dry_run:
         cost = estimate.estimate(plan, processes)
         if args.json:

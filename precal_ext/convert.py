@@ -78,6 +78,7 @@ def quantize_checkpoint(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tensor_parallel: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Quantize a Hugging Face model directory without loading the model.
@@ -89,6 +90,7 @@ def quantize_checkpoint(
     Args:
         model: directory with config.json and safetensors, single or sharded.
         out: a new or empty directory; ``overwrite`` replaces one with files, and forgets an unfinished run.
+        tensor_parallel: make groups small enough that every weight can be cut into so many slices.
         progress: called after every tensor.
     Returns:
         The report, also written to ``out/precal_report.json`` and, in short, to ``out/README.md``.
@@ -97,7 +99,7 @@ def quantize_checkpoint(
             version, or another process is at work on ``out``.  SelectionError: it is unclear what to quantize.
         ValueError: a weight is not finite, or a setting does not fit.  OSError: reading or writing failed.
     """
-    plan = plan_quantization(model, out, config, max_shard_bytes=max_shard_bytes)
+    plan = plan_quantization(model, out, config, max_shard_bytes=max_shard_bytes, tensor_parallel=tensor_parallel)
     return run_plan(plan, overwrite=overwrite, progress=progress)
 
 

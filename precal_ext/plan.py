@@ -29,6 +29,7 @@ from precal_ext.foreign import quantized_by
 from precal_ext.packed import METHODS
 from precal_ext.qtensor import WeightSpec
 from precal_ext.select import Decision, LinearModules, decide, find_linears, is_expert, keep_sets_of
+from precal_ext.shards import fitting_groups, why_not
 from precal_ext.staging import fingerprint, read_journal
 from precal_ext.weights import first_nonfinite, pieces
 
@@ -152,11 +153,13 @@ def plan_quantization(
     config: QuantizeConfig | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tensor_parallel: int = 1,
     told: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide what ``quantize_checkpoint`` does, from headers and names alone; writes nothing.
 
     Args:
+        tensor_parallel: every quantized weight must be cut into so many slices; groups are made smaller for it.
         told: ``to_tell`` of the plan that another process has made.
     Raises:
         CheckpointError: the input or output cannot be used.  SelectionError: it is unclear what to quantize.
@@ -182,6 +185,10 @@ def plan_quantization(
     foreign = quantized_by(index)
     if foreign is not None:
         raise CheckpointError(f"{model}: must not be quantized yet, got {foreign[1]}, a tensor of {foreign[0]}")
+    if tensor_parallel > 1:
+        matrices = {n: i.shape for n, i in index.items() if len(i.shape) == 2 and 0 not in i.shape}
+        shapes = {n.removesuffix(".weight"): (N, K) for n, (N, K) in matrices.items() if n.endswith(".weight")}
+        config = fitting_groups(shapes, config, tensor_parallel)
     plan = Plan(
         model, out, config, model_config, _NOTHING, (), (), max_shard_bytes, fingerprint(model, weight_files(model))
     )
@@ -199,6 +206,14 @@ def plan_quantization(
         nonfinite = told["nonfinite"] if told else _nonfinite(jobs)
         decisions = keep_sets_of(decisions, nonfinite)
         jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
+    for job in jobs:
+        why = "" if job.spec is None else why_not(job.module, job.spec, tensor_parallel)
+        if why:
+            raise CheckpointError(
+                f"{model}: {job.module} must be cut into {tensor_parallel} slices, got: {why}; leave it out with "
+                "--exclude, or choose another size or other settings (--group-size; --outliers 0 --no-trellis has no "
+                "blocks)"
+            )
     if not any(job.spec for job in jobs):
         raise CheckpointError(
             f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"

@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from precal_ext import _C
+from precal_ext.config import QuantizeConfig
 from precal_ext.qtensor import QTensor, WeightSpec
+
+# Linears whose input, not output, is split over devices: the second of each pair of matrices.
+_ROW_PARALLEL = re.compile(
+    r"(^|\.)(o_proj|out_proj|down_proj|c_proj|fc2|w2|wo|dense|dense_4h_to_h|proj_out|attention\.output)$"
+)
+MIN_GROUP = 16  # of those that ``fitting_groups`` chooses
+
+
+def is_row_parallel(module: str) -> bool:
+    """Whether servers cut a module's weight by columns; the others are cut by rows."""
+    return _ROW_PARALLEL.search(module) is not None
+
+
+def why_not(module: str, spec: WeightSpec, size: int) -> str:
+    """Why a server cannot cut a module's weight into ``size`` slices; "" when it can."""
+    return why_not_by_columns(spec, size) if is_row_parallel(module) else why_not_by_rows(spec, size)
+
+
+def fitting_groups(shapes: Mapping[str, tuple[int, int]], config: QuantizeConfig, size: int) -> QuantizeConfig:
+    """``config`` with smaller groups for the linears that ``size`` slices would cut inside a group.
+
+    The group size is halved down to MIN_GROUP until it fits, for all modules of the same last name; where nothing fits
+    it stays. An override that ``config`` has for a module comes first.
+
+    Args:
+        shapes: module -> N, K.
+    """
+    chosen: dict[str, int] = {}
+    for module, (N, K) in shapes.items():
+        settings = config.for_module(module)
+        if not is_row_parallel(module) or not why_not_by_columns(WeightSpec.from_config(N, K, settings), size):
+            continue
+        group = WeightSpec.from_config(N, K, settings).group_size
+        while group % 2 == 0 and group // 2 >= MIN_GROUP:
+            group //= 2
+            if not why_not_by_columns(WeightSpec.from_config(N, K, replace(settings, group_size=group)), size):
+                leaf = module.rpartition(".")[2]
+                chosen[leaf] = min(group, chosen.get(leaf, group))
+                break
+    added = {rf"(^|\.){re.escape(leaf)}$": {"group_size": group} for leaf, group in chosen.items()}
+    return replace(config, overrides={**config.overrides, **added}) if added else config
 
 
 def why_not_by_columns(spec: WeightSpec, size: int) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from precal_ext.headers import impossible_settings
 from precal_ext.measure import measure
 from precal_ext.model import find_linear_modules, read_format
 from precal_ext.qtensor import QTensor, WeightSpec
-from precal_ext.shards import why_not_by_columns, why_not_by_rows
+from precal_ext.shards import is_row_parallel, why_not
 from precal_ext.survey import KEYS, Original, Recorded, Stored, quantized_modules, read_recorded, take_rows
 
 TP_SIZES = range(1, 65)
@@ -37,10 +36,6 @@ LOWEST_SQNR_DB = 3.0
 LOAD_WARNING = (
     "transformers without `import precal_ext` skips the quantization it does not know and loads wrong weights "
     "without an error; servers need the same import"
-)
-# Linears whose input, not output, is split over devices: the second of each pair of matrices.
-_ROW_PARALLEL = re.compile(
-    r"(^|\.)(o_proj|out_proj|down_proj|c_proj|fc2|w2|wo|dense|dense_4h_to_h|proj_out|attention\.output)$"
 )
 
 
@@ -385,11 +380,11 @@ def tensor_parallel_sizes(specs: Mapping[str, WeightSpec]) -> dict[int, str]:
     sizes = {}
     distinct: dict[tuple[WeightSpec, bool], str] = {}
     for module, spec in specs.items():
-        distinct.setdefault((spec, _ROW_PARALLEL.search(module) is not None), module)
+        distinct.setdefault((spec, is_row_parallel(module)), module)
     for size in TP_SIZES:
         sizes[size] = ""
-        for (spec, by_columns), module in distinct.items():
-            why = why_not_by_columns(spec, size) if by_columns else why_not_by_rows(spec, size)
+        for (spec, _), module in distinct.items():
+            why = why_not(module, spec, size)
             if why:
                 sizes[size] = f"{module}: {why}"
                 break

@@ -96,7 +96,7 @@ class Job:
     def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.ranks[rank].pid, number)
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = 120) -> list[int]:
         """The exit codes."""
         end = time.monotonic() + seconds
         for process in self.ranks:
@@ -145,7 +145,7 @@ def job(
             process.join()
 
 
-def appears(path: Path, seconds: float = 60) -> str:
+def appears(path: Path, seconds: float = 120) -> str:
     """What a file says, once it is there."""
     end = time.monotonic() + seconds
     while not path.exists():

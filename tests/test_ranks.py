@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,7 +139,7 @@ def test_a_killed_rank_is_named_and_two_processes_continue_what_three_began(
     process = torchrun(3, held, 2, tmp_path / "pid", "quantize", tiny, out, *SHARD, "--quiet")
     pid = int(appears(tmp_path / "pid"))
     os.kill(pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     found = re.search(r"rank 2 \(\S+, pid (\d+)\) ended without a word, as after kill -9", one_error(err))
     assert found is not None
@@ -161,7 +161,7 @@ def test_an_interruption_ends_all_and_one_process_continues(
     process = torchrun(2, held, 1, tmp_path / "pid", "quantize", tiny, out, *SHARD, "--quiet")
     pid = int(appears(tmp_path / "pid"))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert one_error(err) == "precal: interrupted; OUT was not touched"
     assert err.count("the same command continues") == 1
@@ -169,6 +169,69 @@ def test_an_interruption_ends_all_and_one_process_continues(
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert run("quantize", tiny, out, *SHARD, "--quiet")[0] == 0
+    assert digests(out) == whole
+
+
+# ---- two hosts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[list[str]]]:
+    """Commands before a command that run it on either of two hosts: network namespaces with a cable between them."""
+    names = [f"precal-{os.getpid()}-{side}" for side in "ab"]
+    cable = [f"pc{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words: str, check: bool = True) -> bool:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        return done.returncode == 0 or (check and pytest.skip(f"needs network namespaces, got {done.stderr.strip()}"))
+
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        pytest.skip("needs ip and unshare")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
+        for i, (name, end) in enumerate(zip(names, cable, strict=True)):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        own_name = 'hostname "$0" && exec "$@"'
+        yield [
+            ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", own_name, f"host-{side}",
+             "env", f"GLOO_SOCKET_IFNAME={end}"]
+            for name, end, side in zip(names, cable, "ab", strict=True)
+        ]  # fmt: skip
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_hosts(
+    run: Run, tiny: Path, tmp_path: Path, whole: dict[str, str], held: Path, two_hosts: list[list[str]], killed: bool
+) -> None:
+    out = begun(tiny, tmp_path)
+    variables = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29511", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    processes = [
+        subprocess.Popen(
+            [*there, sys.executable, str(held), "1" if killed else "-", str(tmp_path / "pid"), "quantize", str(tiny),
+             str(out), *SHARD, "--quiet"],
+            env=environment(**variables, RANK=str(rank)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, there in enumerate(two_hosts)
+    ]  # fmt: skip
+    if killed:
+        os.kill(int(appears(tmp_path / "pid")), signal.SIGKILL)
+    err = [process.communicate(timeout=120)[1] for process in processes]
+    if killed:
+        assert [process.returncode for process in processes] == [3, -signal.SIGKILL]
+        assert re.match(r"precal: rank 1 \(host-b, pid \d+\) ended without a word", one_error(err[0]))
+        assert run("quantize", tiny, out, *SHARD, "--quiet")[0] == 0
+    else:
+        assert [process.returncode for process in processes] == [0, 0], err
     assert digests(out) == whole
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from precal_ext import _C, QuantizeConfig, cli, quantize_checkpoint
 from precal_ext.checkpoint import INDEX_NAME
 from precal_ext.qtensor import WeightSpec
-from precal_ext.shards import why_not_by_columns, why_not_by_rows
+from precal_ext.shards import fitting_groups, why_not_by_columns, why_not_by_rows
 from precal_ext.verify import (
     LOAD_WARNING,
     TP_SIZES,
@@ -586,6 +586,50 @@ def test_the_command_prints_the_sizes(run: Run, tiny_quantized: Path) -> None:
     parallel = json.loads(out)["tensor_parallel"]
     assert parallel["fits"] == [1]
     assert sorted(map(int, parallel["does_not_fit"])) == list(range(2, 65))
+
+
+def test_groups_that_fit_a_size() -> None:
+    shapes = {
+        "layers.0.self_attn.o_proj": (4096, 4096),
+        "layers.0.mlp.down_proj": (4096, 11008),
+        "layers.0.mlp.gate_proj": (11008, 4096),
+        "layers.1.mlp.down_proj": (4096, 688),
+        "layers.1.fc2": (64, 96),
+    }
+    config = QuantizeConfig()
+    assert fitting_groups(shapes, config, 1) == fitting_groups(shapes, config, 2) == config
+    got = fitting_groups(shapes, config, 8)
+    assert {name: got.for_module(name).group_size for name in shapes} == {
+        **dict.fromkeys(shapes, 64),
+        "layers.0.mlp.down_proj": 32,
+        "layers.1.mlp.down_proj": 32,  # of the same name; 688 / 8 fits no group, which is for others to say
+    }
+    plain = fitting_groups(shapes, QuantizeConfig(c=0, trellis=False, overrides={"gate": {"bits": 3}}), 2)
+    assert plain.overrides == {"gate": {"bits": 3}, r"(^|\.)fc2$": {"group_size": 16}}
+
+
+def test_quantize_makes_groups_that_fit(run: Run, tmp_path: Path) -> None:
+    model, out = save_tiny(tmp_path / "model", hidden_size=64, intermediate_size=96), tmp_path / "out"
+    plain = ["--outliers", 0, "--no-trellis", "--quiet"]
+    assert run("quantize", model, tmp_path / "default", *plain)[0] == 0
+    assert not {2, 4} & set(json.loads(run("verify", tmp_path / "default", "--json")[1])["tensor_parallel"]["fits"])
+    assert run("quantize", model, out, *plain, "--tp", 2)[0] == 0
+    found = json.loads(run("verify", out, "--original", model, "--json")[1])
+    assert found["sound"]
+    assert found["tensor_parallel"]["fits"] == [1, 2]
+    groups = {e["tensor"]: e["group_size"] for e in json.loads(run("inspect", out, "--json")[1])["tensors"]}
+    assert {name.split(".")[4]: size for name, size in groups.items()} == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 64),
+        "o_proj": 32,
+        "down_proj": 16,
+    }
+
+
+def test_quantize_refuses_a_size_that_no_group_fits(run: Run, tiny: Path, tmp_path: Path) -> None:
+    code, _, err = run("quantize", tiny, tmp_path / "out", "--tp", 2)
+    assert code == 3
+    assert re.search(r"\S+_proj must be cut into 2 slices, got: a slice of \d+ columns cuts a (block|group) of ", err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_original_is_left_as_it_was(tiny: Path, tmp_path: Path) -> None:
