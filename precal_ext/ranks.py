@@ -19,6 +19,7 @@ import datetime
 import errno
 import json
 import os
+import queue
 import signal
 import socket
 import threading
@@ -194,7 +195,9 @@ def _as_error(message: Message, who: str) -> BaseException:
 
 
 def _gone(who: str) -> ConnectionError:
-    return ConnectionError(errno.ECONNRESET, f"{who} ended without a word, as after kill -9 or for lack of memory")
+    return ConnectionError(
+        errno.ECONNRESET, f"{who} ended without a word: kill -9, no memory left, or a machine that hangs"
+    )
 
 
 def _place() -> str:
@@ -247,12 +250,12 @@ class Leader:
         self._failure: BaseException | None = None
         self._deliver: Deliver | None = None
         self._halting = False
-        self._ended = threading.Event()
+        self._ended = False
         self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
-        self._sending = {rank: threading.Lock() for rank in self._places}
+        self._letters: dict[int, queue.SimpleQueue[Message]] = {rank: queue.SimpleQueue() for rank in self._places}
         self._listeners = {rank: _start(self._listen, rank) for rank in self._places}
         for rank in self._places:
-            _start(self._ping, rank)
+            _start(self._speak, rank)
 
     def begin(self, plan: Mapping[str, Any], deliver: Deliver) -> None:
         """Send the others to work; ``deliver(message, payload)`` gets each of their results, ``writing`` held."""
@@ -290,29 +293,26 @@ class Leader:
 
     def dismiss(self, code: int) -> None:
         """Let the others end."""
-        self._ended.set()
+        self._ended = True
         self._tell({"is": "bye", "code": code})
         for rank, listener in self._listeners.items():
             if self._states[rank] != LOST:
                 listener.join(PATIENCE)
 
     def _tell(self, message: Message) -> None:
-        for rank in self._places:
-            self._tell_one(rank, message)
+        """Returns at once: a machine that hangs must not keep the others from hearing it."""
+        for letters in self._letters.values():
+            letters.put(message)
 
-    def _tell_one(self, rank: int, message: Message) -> None:
-        if self._states[rank] == LOST or not self._sending[rank].acquire(timeout=PATIENCE):
-            return
-        try:
-            with contextlib.suppress(ConnectionError):  # its listener notices
-                if message["is"] != "ping" or not self._ended.is_set():  # nobody listens after "bye"
-                    _send(message, rank, DOWN)
-        finally:
-            self._sending[rank].release()
-
-    def _ping(self, rank: int) -> None:
-        while not self._ended.wait(PING_SECONDS):
-            self._tell_one(rank, {"is": "ping"})
+    def _speak(self, rank: int) -> None:
+        message: Message = {"is": "ping"}
+        with contextlib.suppress(ConnectionError):  # its listener notices
+            while message["is"] != "bye":
+                try:
+                    message = self._letters[rank].get(timeout=PING_SECONDS)
+                except queue.Empty:
+                    message = {"is": "ping"}
+                _send(message, rank, DOWN)
 
     def _listen(self, rank: int) -> None:
         try:
@@ -321,7 +321,7 @@ class Leader:
         except BaseException as error:
             gone = isinstance(error, ConnectionError)
             with self._changed:
-                failed = self._states[rank] == WORKING and not self._ended.is_set()
+                failed = self._states[rank] == WORKING and not self._ended
                 self._states[rank] = LOST
                 if failed and not self._failure:
                     self._failure = _gone(self._places[rank]) if gone else error

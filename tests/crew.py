@@ -18,7 +18,7 @@ from typing import Any
 # Imported here, no rank has to start another process to ask it.
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from precal_ext import cli, convert
+from precal_ext import cli, convert, ranks
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -57,6 +57,10 @@ def hold_at(number: int, marker: Path) -> None:
 
 def small_files(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def impatient(seconds: float) -> None:
+    ranks.PATIENCE, ranks.PING_SECONDS = seconds, 0.1
 
 
 def broken() -> None:

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from crew import appears, broken, hold_at, job, small_files
+from crew import appears, broken, hold_at, impatient, job, small_files
 from models import Run, altered, digests, environment, save_tiny
 
 from precal_ext import CheckpointError, quantize_checkpoint
@@ -141,7 +142,7 @@ def test_a_killed_rank_is_named_and_two_processes_continue_what_three_began(
     os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    found = re.search(r"rank 2 \(\S+, pid (\d+)\) ended without a word, as after kill -9", one_error(err))
+    found = re.search(r"rank 2 \(\S+, pid (\d+)\) ended without a word: kill -9", one_error(err))
     assert found is not None
     assert int(found[1]) == pid
     assert f"what is finished lies in {folder_of(out)}; the same command continues" in err
@@ -283,6 +284,24 @@ def test_a_signal_to_all_or_one_ends_all_and_what_is_finished_stays(
         assert running.wait() == [0, 0]
         assert running.err.startswith(f"{recorded + 1}/29 tensors")
     assert digests(out) == whole
+
+
+def test_a_rank_that_hangs_does_not_keep_the_others(
+    run: Run, tiny: Path, tmp_path: Path, whole: dict[str, str]
+) -> None:
+    command = ["quantize", tiny, tmp_path / "out", *SHARD, "--quiet"]
+    arranged = {rank: (impatient, 2.0) for rank in range(3)}
+    with job(tmp_path / "crew", [command] * 3, {**arranged, 1: (hold_at, 1, tmp_path / "pid")}) as running:
+        pid = int(appears(tmp_path / "pid"))
+        running.kill(1, signal.SIGSTOP)
+        time.sleep(1)  # pings wait in the line to the one that does not take them
+        running.kill(0, signal.SIGINT)
+        running.ranks[0].join(60)
+        running.ranks[2].join(60)
+        assert [running.ranks[rank].exitcode for rank in (0, 2)] == [3, 3]
+        assert f"pid {pid}) ended without a word" in one_error(running.err)
+    assert run(*command)[0] == 0
+    assert digests(tmp_path / "out") == whole
 
 
 def spoil(tiny: Path, target: Path) -> tuple[Path, str]:
