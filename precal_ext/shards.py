@@ -49,7 +49,7 @@ def fitting_groups(shapes: Mapping[str, tuple[int, int]], config: QuantizeConfig
                 chosen[leaf] = min(group, chosen.get(leaf, group))
                 break
     added = {rf"(^|\.){re.escape(leaf)}$": {"group_size": group} for leaf, group in chosen.items()}
-    return replace(config, overrides={**config.overrides, **added}) if added else config
+    return replace(config, overrides={**config.overrides, **added, **config.overrides}) if added else config
 
 
 def why_not_by_columns(spec: WeightSpec, size: int) -> str:

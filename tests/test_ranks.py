@@ -186,8 +186,9 @@ def two_hosts() -> Iterator[list[list[str]]]:
         done = subprocess.run(["ip", *words], capture_output=True, text=True)
         return done.returncode == 0 or (check and pytest.skip(f"needs network namespaces, got {done.stderr.strip()}"))
 
-    if shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("needs ip and unshare")
+    missing = [tool for tool in ("ip", "unshare", "hostname") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
     try:
         for name in names:
             ip("netns", "add", name)

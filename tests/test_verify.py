@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Run, altered, edit_config, save_tiny, stored_tensors
+from models import Run, altered, digests, edit_config, save_tiny, stored_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -614,6 +614,8 @@ def test_quantize_makes_groups_that_fit(run: Run, tmp_path: Path) -> None:
     assert run("quantize", model, tmp_path / "default", *plain)[0] == 0
     assert not {2, 4} & set(json.loads(run("verify", tmp_path / "default", "--json")[1])["tensor_parallel"]["fits"])
     assert run("quantize", model, out, *plain, "--tp", 2)[0] == 0
+    quantize_checkpoint(model, tmp_path / "api" / "out", QuantizeConfig(c=0, trellis=False), tensor_parallel=2)
+    assert digests(tmp_path / "api" / "out") == digests(out)
     found = json.loads(run("verify", out, "--original", model, "--json")[1])
     assert found["sound"]
     assert found["tensor_parallel"]["fits"] == [1, 2]
