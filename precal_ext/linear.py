@@ -19,6 +19,16 @@ ACTIVATIONS = ("f32", "a16", "a8")
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
+def run_linear(x: Tensor, prepacked: Tensor, bias: Tensor | None, arguments: tuple[Any, ...]) -> Tensor:
+    """``ops.linear`` for a layer's forward; ``arguments`` are those after ``bias``."""
+    # The op itself, not its wrapper: it is what torch.compile and export keep in the graph.
+    op = torch.ops.precal.linear
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(x, prepacked, bias, *arguments)
+    with _below_autograd():
+        return op(x, prepacked, bias, *arguments)
+
+
 class PrecalLinear(nn.Module):
     """A linear layer with a quantized weight: y = x @ W'.T + bias.
 
@@ -116,12 +126,7 @@ class PrecalLinear(nn.Module):
         prepacked, bias = self._buffers["prepacked"], self._parameters["bias"]
         if prepacked is None:
             raise RuntimeError("PrecalLinear: call .prepack() once after filling the buffers by hand")
-        # The op itself, not its wrapper: it is what torch.compile and export keep in the graph.
-        op, arguments = torch.ops.precal.linear, (*self.spec.op_arguments(), self.activations)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return op(x, prepacked, bias, *arguments)
-        with _below_autograd():
-            return op(x, prepacked, bias, *arguments)
+        return run_linear(x, prepacked, bias, (*self.spec.op_arguments(), self.activations))
 
     def extra_repr(self) -> str:
         s = self.spec

@@ -200,7 +200,7 @@ class QTensor:
         value = self.tensors["weight_outlier_value"]
         if bool(((value & 0x7F) == 0x7F).any()):
             fail("weight_outlier_value", "must hold no NaN")
-        width = torch.tensor([end - begin for begin, end in self.spec.blocks()], dtype=torch.int16)
+        width = index.new_tensor([end - begin for begin, end in self.spec.blocks()])
         if bool((index >= width[None, :, None]).any()):
             fail("weight_outlier_index", "must lie inside its block")
         unused = (value & 0x7F) == 0
