@@ -106,3 +106,24 @@ def slice_columns(q: QTensor, index: int, size: int) -> QTensor:
             width = tensor.shape[1] // size
             tensors[key] = tensor.narrow(1, index * width, width).contiguous()
     return QTensor(spec, tensors)
+
+
+def slice_rows(q: QTensor, index: int, size: int) -> QTensor:
+    """Slice ``index`` of ``size`` slices of rows.
+
+    Raises:
+        ValueError: ``size`` does not divide N.
+    """
+    why = why_not_by_rows(q.spec, size)
+    if why:
+        raise ValueError(f"slice_rows: size must cut [{q.spec.N}, {q.spec.K}] into equal parts, got {size}: {why}")
+    spec = replace(q.spec, N=q.spec.N // size)
+    tensors = {}
+    for key, tensor in q.tensors.items():
+        if key == "weight_grid":
+            tensors[key] = tensor
+        elif key == "weight_shape":
+            tensors[key] = tensor.new_tensor([spec.N, spec.K])
+        else:
+            tensors[key] = tensor.narrow(0, index * spec.N, spec.N).contiguous()
+    return QTensor(spec, tensors)

@@ -14,7 +14,8 @@ from shapes import Weight
 from torch import Tensor
 
 from precal_ext import _C, PrecalLinear, QTensor, QuantizeConfig, WeightSpec, ops
-from precal_ext.shards import by_columns, slice_columns
+from precal_ext.quantize import fit_set_grid, quantize_weight
+from precal_ext.shards import by_columns, slice_columns, slice_rows
 
 # K, slices: blocks of 256 throughout; segments of 320 = 256 + 64 and of 1376, several to a slice; one short segment.
 CUTS = [(1536, 3), (2048, 8), (2560, 4), (4096, 16), (11008, 2), (14336, 2)]
@@ -157,3 +158,15 @@ def test_by_columns_says_why_not() -> None:
     message = "by_columns: size must cut [8, 11008] into whole groups and blocks, got 3: K = 11008 is no multiple of 3"
     with pytest.raises(ValueError, match=re.escape(message)):
         by_columns(spec, 3)
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig(c=2), QuantizeConfig(recipe="paper"), QuantizeConfig(recipe="rtn")])
+def test_slices_of_rows(config: QuantizeConfig) -> None:
+    w = shapes.student_t(24, 300)
+    q = quantize_weight(w, config, fit_set_grid([w], config))
+    parts = [slice_rows(q, i, 3) for i in range(3)]
+    for part in parts:
+        part.validate()
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), q.dequantize())
+    with pytest.raises(ValueError, match=re.escape("slice_rows: size must cut [24, 300] into equal parts, got 5")):
+        slice_rows(q, 0, 5)

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from models import add_tokenizer, model_folder, save_tiny
+from models import add_tokenizer, altered, model_folder, save_tiny
+from torch import Tensor
 
-from precal_ext import QuantizeConfig, quantize_checkpoint
+from precal_ext import QTensor, QuantizeConfig, quantize_checkpoint
+from precal_ext.quantize import fit_set_grid, quantize_weight
 
 pytest.importorskip("vllm", reason="needs vLLM, which is not installed: make test-vllm")
 openai = pytest.importorskip("openai")
@@ -184,14 +186,63 @@ def test_two_stages_give_the_tokens_of_one(folder: Path, served: Path) -> None:
         assert [ask(server, ids) for ids in prompts] == greedy(served, torch.float32, prompts)
 
 
-def test_experts_stay_dense_and_the_rest_is_quantized(folder: Path) -> None:
-    source, out = folder / "experts", folder / "experts-4bit"
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
-    save_tiny(source, "Mixtral", num_key_value_heads=2, vocab_size=4096, max_position_embeddings=256, **shape)
-    quantize_checkpoint(add_tokenizer(source), out)
+# ---- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(folder: Path) -> Path:
+    """A random Mixtral of four experts, two for each token; what is not an expert is quantized."""
+    source, out = folder / "mixture", folder / "mixture-4bit"
+    shape = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 64}
+    more = {"num_key_value_heads": 4, "vocab_size": 4096, "max_position_embeddings": 256, "num_local_experts": 4}
+    save_tiny(source, "Mixtral", **shape, **more)
+    quantize_checkpoint(add_tokenizer(source), out, QuantizeConfig(exclude=(r"\bexperts\b",)))
+    return out
+
+
+def quantized_experts(tensors: dict[str, Tensor]) -> dict[str, QTensor]:
+    """Module -> its weight, at 4 bits; gate and up of a layer share a grid."""
+    settings, found = QuantizeConfig(), {}
+    names = [name.removesuffix(".weight") for name in tensors if ".experts." in name]
+    assert len(names) == 2 * 4 * 3
+    for inner in (("w1", "w3"), ("w2",)):
+        for layer in ("layers.0.", "layers.1."):
+            members = [n for n in names if layer in n and n.endswith(inner)]
+            grid = fit_set_grid([tensors[f"{n}.weight"] for n in members], settings)
+            found |= {n: quantize_weight(tensors[f"{n}.weight"], settings, grid) for n in members}
+    return found
+
+
+def test_experts_that_are_dense(folder: Path) -> None:
+    """Qwen3-MoE, whose router vLLM asks us about."""
+    source, out = folder / "qwen3-moe", folder / "qwen3-moe-4bit"
+    shape = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 4096, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**shape, **heads, **experts, bos_token_id=0, eos_token_id=1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    quantize_checkpoint(add_tokenizer(source), out, QuantizeConfig(exclude=(r"\bexperts\b",)))
     prompts = prompts_of(out)
     expected = greedy(out, torch.float32, prompts, 24)
     options = ("--dtype", "float32", "--max-model-len", "256", "--enforce-eager")
+    with Server(out, *options, folder=folder) as server:
+        assert [ask(server, ids, 24) for ids in prompts] == expected
+
+
+def test_quantized_experts_on_two_ranks(folder: Path, mixture: Path) -> None:
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for module, q in quantized_experts(tensors).items():
+            del tensors[f"{module}.weight"]
+            tensors.update({f"{module}.{key}": tensor.clone() for key, tensor in q.tensors.items()})
+
+    def dequantize(tensors: dict[str, Tensor]) -> None:
+        tensors.update({f"{m}.weight": q.dequantize() for m, q in quantized_experts(tensors).items()})
+
+    prompts = prompts_of(mixture)
+    expected = greedy(altered(mixture, folder / "mixture-meaning", dequantize), torch.float32, prompts, 24)
+    out = altered(mixture, folder / "mixture-experts", quantize)
+    options = ("--dtype", "float32", "--max-model-len", "256", "--tensor-parallel-size", "2")
     with Server(out, *options, folder=folder) as server:
         assert [ask(server, ids, 24) for ids in prompts] == expected
 

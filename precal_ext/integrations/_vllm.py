@@ -8,13 +8,16 @@ a part of whatever is large enough.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -32,15 +35,21 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from precal_ext.config import QUANT_METHOD, ModelFormat, QuantizeConfig
 from precal_ext.grids import constant_grid
+from precal_ext.integrations._vllm_experts import PrecalMoEMethod
 from precal_ext.linear import ACTIVATIONS, run_linear
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.shards import by_columns, why_not_by_columns
 
 # Sizes named where a weight cannot be cut into as many slices as the user asks for.
 TP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+
+# The block that holds the experts has one name in the checkpoint and may have another here.
+_EXPERTS = re.compile(r"(.*)\.[^.]+\.experts(\.routed_experts)?$")
+_EXPERT_TENSOR = re.compile(r"(.*)\.[^.]+\.experts\.\d+\.[^.]+\.weight_packed$")
 
 
 def activations_wanted() -> str:
@@ -59,6 +68,8 @@ class PrecalConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.format = fmt
         self.activations = activations
+        self.model: str = ""
+        self.revision: str | None = None
 
     def __repr__(self) -> str:
         c = self.format.config
@@ -93,9 +104,30 @@ class PrecalConfig(QuantizationConfig):  # type: ignore[misc]
         fmt = self.format
         skipped = tuple(new for name in fmt.modules_to_not_convert for new in mapped(name))
         overrides = {new: fields for name, fields in fmt.module_overrides.items() for new in mapped(name)}
-        self.format = ModelFormat(fmt.config, skipped, overrides)
+        self.format = replace(fmt, modules_to_not_convert=skipped, module_overrides=overrides)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        self.model, self.revision = model_name, revision
+
+    @cached_property
+    def layers_with_quantized_experts(self) -> frozenset[str]:
+        """Names of the layers ("model.layers.3") whose experts the checkpoint holds quantized, by its headers."""
+        if not self.model:
+            return frozenset()
+        names = get_safetensors_params_metadata(self.model, revision=self.revision)
+        return frozenset(found[1] for name in names if (found := _EXPERT_TENSOR.match(name)))
+
+    def _expert_method(self, layer: Any, prefix: str) -> Any:
+        found = _EXPERTS.match(prefix)
+        if found is None or found[1] not in self.layers_with_quantized_experts:
+            return None  # vLLM's own, dense
+        leaves = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        settings = {shard: self.format.for_module(f"{prefix}.0.{leaf}") for shard, leaf in leaves.items()}
+        return PrecalMoEMethod(prefix, layer.moe_config, settings, self.activations)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, GateLinear):
+            return UnquantizedLinearMethod()  # a router; transformers' are no nn.Linear, so no list names them
         if isinstance(layer, LinearBase):
             settings = self.settings_of(prefix)
             if settings is None:
@@ -104,7 +136,9 @@ class PrecalConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, ParallelLMHead):
             settings = self.settings_of(prefix)
             return None if settings is None else PrecalLinearMethod(prefix, settings, self.activations)
-        return None  # embeddings, attention and experts stay as they are
+        if isinstance(layer, RoutedExperts):
+            return self._expert_method(layer, prefix)
+        return None  # embeddings and attention stay as they are
 
     def settings_of(self, prefix: str) -> QuantizeConfig | None:
         """Settings of the modules that were fused into a layer; None when they stay dense.
