@@ -68,6 +68,8 @@ def register() -> None:
         return
     from precal_ext.integrations import _hf_quantizer
 
+    if not hasattr(_hf_quantizer, "PrecalHfQuantizer"):
+        return  # its own import brought us here; it registers at its end
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["precal"] = _hf_quantizer.PrecalConfig
     auto.AUTO_QUANTIZER_MAPPING["precal"] = _hf_quantizer.PrecalHfQuantizer
 
@@ -79,3 +81,14 @@ def attach(model: Any, fmt: ModelFormat) -> None:
         from precal_ext.integrations import _hf_quantizer
 
         _hf_quantizer.attach(model, fmt)
+
+
+if (
+    __name__ == "__main__"
+):  # python -m precal_ext.integrations.transformers serve DIR: their commands, with precal known
+    try:
+        from transformers.cli.transformers import main
+    except ImportError:  # version 4
+        from transformers.commands.transformers_cli import main
+
+    main()
