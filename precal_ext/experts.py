@@ -30,6 +30,8 @@ class PrecalExperts(nn.Module):
         """Put one of the matrices in its place."""
         self.get_submodule(str(expert)).add_module(name, linear)
 
+    # A graph with all experts in it would read and run all of them.
+    @torch.compiler.disable(reason="which experts run depends on the tokens")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H]; top_k_index, top_k_weights [tokens, k]; an index beyond the experts is nobody."""
         y = torch.zeros_like(hidden_states)

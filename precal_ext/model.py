@@ -39,7 +39,7 @@ def attach_format(model: nn.Module, fmt: ModelFormat) -> None:
         hook(model, fmt)
 
 
-def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, TensorInfo]) -> list[str]:
+def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Put an empty ``PrecalLinear`` in place of every linear that the format converts and the checkpoint holds.
 
     Headers are compared with what the format implies before anything is loaded: loaders fill what a checkpoint lacks
@@ -48,7 +48,7 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
     Args:
         stored: every tensor of the checkpoint. A linear without quantized tensors there stays dense (a new head).
     Returns:
-        Names of the swapped modules.
+        Names of the swapped modules -> their names in the checkpoint.
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than it must.
     """
@@ -57,7 +57,7 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
     for name in stored:
         module_name, _, leaf = name.rpartition(".")
         keys.setdefault(module_name, set()).add(leaf)
-    swapped = []
+    swapped: dict[str, str] = {}
     experts = {same_experts(name): name for name in keys if is_expert(name)}
     sites = find_sites(model)
     for name, site in sites.items():
@@ -79,10 +79,10 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
             file = stored[f"{source}.weight_shape"].file
             raise CheckpointError(f"{file}: conv1d_modules of config.json must name {name}, got a Conv1D it does not")
         site.put(model, PrecalLinear(spec, site.bias is not None, site.held.device, dtype))
-        swapped.append(name)
-    parts = {name for name, site in sites.items() if site.part is not None}
-    blocks = {block_of(name) for name in parts.intersection(swapped)}
-    for name in sorted(parts.difference(swapped)):
+        swapped[name] = source
+    parts = {name for name in sites if is_expert(name)}
+    blocks = {block_of(name) for name in parts & swapped.keys()}
+    for name in sorted(parts - swapped.keys()):
         if block_of(name) in blocks:
             raise CheckpointError(f"{name}: must be quantized as other experts of its layer are, got no tensors of it")
     return swapped

@@ -399,7 +399,7 @@ def _linears_of(folder: Path) -> dict[str, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {"error": f"version {transformers.__version__}: {reason}"}
     head = model.get_output_embeddings()
-    tied = {k: v.removesuffix(".weight") for k, v in _tied_parameters(model).items()}
+    tied = {k: v.removesuffix(".weight") for k, v in tied_parameters(model).items()}
     linears = [
         (name, m is head, tied.get(f"{name}.weight"), m.bias is not None, is_conv1d(m))
         for name, m in model.named_modules()
@@ -410,7 +410,7 @@ def _linears_of(folder: Path) -> dict[str, Any]:
     return {"prefix": model.base_model_prefix + ".", "linears": linears}
 
 
-def _tied_parameters(model: Any) -> dict[str, str]:
+def tied_parameters(model: Any) -> dict[str, str]:
     """Name of a parameter that is another's -> the other's."""
     said = getattr(model, "all_tied_weights_keys", None)
     if said is not None:

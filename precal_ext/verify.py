@@ -23,6 +23,7 @@ from precal_ext.headers import impossible_settings
 from precal_ext.measure import measure
 from precal_ext.model import read_format
 from precal_ext.qtensor import QTensor, WeightSpec
+from precal_ext.select import tied_parameters
 from precal_ext.shards import is_row_parallel, why_not
 from precal_ext.sites import find_sites
 from precal_ext.survey import KEYS, Original, Recorded, Stored, quantized_modules, read_recorded, take_rows
@@ -351,7 +352,7 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
             problems.append(f"{config}: modules_to_not_convert must not name {name}, its weight is quantized")
     for source in stored.modules.keys() - known:
         problems.append(f"{stored.folder}: {source} must be a linear layer of the model, got quantized tensors of none")
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = set(tied_parameters(model))
     found = set()
     for name, tensor in model.state_dict().items():
         source = next((v for v in variants(name, prefix) if v in stored.index), None)

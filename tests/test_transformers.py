@@ -14,7 +14,6 @@ from models import (
     Folder,
     InMemory,
     Source,
-    add_tokenizer,
     altered,
     assert_same_tensors,
     edit_config,
@@ -72,7 +71,7 @@ def test_the_same_bits_while_loading_in_memory_and_on_disk(
     assert sha256(tmp_path / "out" / "model.safetensors") == sha256(folder / "model.safetensors")
     settings = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (tmp_path / "out", folder)]
     assert settings[0] == settings[1]
-    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "out")), logits(expected))
+    assert torch.equal(logits(AutoModel.from_pretrained(tmp_path / "out", dtype="auto")), logits(expected))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -242,36 +241,43 @@ def test_dequantize_in_another_dtype(tiny_quantized: Path) -> None:
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_for_a_device_map(tiny: Path) -> None:
+def test_sizes_for_a_device_map() -> None:
     """What ``device_map="auto"`` divides: the bytes that modules will take, before anything is loaded."""
-    pytest.importorskip("accelerate")
-    from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
-
-    from precal_ext.integrations._hf_quantizer import PrecalHfQuantizer
-
-    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    accelerate = pytest.importorskip("accelerate")
     from models import tiny_model
 
-    config = tiny_model(**settings).config
+    from precal_ext.integrations._hf_quantizer import ConversionOps, PrecalHfQuantizer
+
+    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    made = tiny_model(**settings)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(made.config)
     quantizer = PrecalHfQuantizer(PrecalConfig(bits=4), pre_quantized=False)
     quantizer.preprocess_model(model)
-    sizes, _ = compute_module_sizes(model, quantizer)
-    made = tiny_model(**settings)
     quantize_model(made, QuantizeConfig(bits=4))
+
+    def real(name: str) -> int:
+        return sum(t.nbytes for t in made.get_submodule(name).state_dict().values())
+
+    if ConversionOps is None:  # transformers 4 knows dtypes only
+        special = quantizer.get_special_dtypes_update(model, torch.float32)
+        sizes = accelerate.utils.compute_module_sizes(model, torch.float32, special)
+        assert 0.9 < sizes["model.layers.0"] / real("model.layers.0") < 1.1
+        return
+    from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
+
+    sizes, _ = compute_module_sizes(model, quantizer)
     layers = [name for name in sizes if name.startswith("model.layers")]
-    real = {name: sum(t.nbytes for t in made.get_submodule(name).state_dict().values()) for name in layers}
-    assert {name: round(sizes[name]) for name in real} == real
+    assert {name: round(sizes[name]) for name in layers} == {name: real(name) for name in layers}
     # Two devices, of which the first has room for a few layers.
     room = int(sizes["model.embed_tokens"] + 3.5 * sizes["model.layers.0"])
     limits: dict[str, Any] = {"max_memory": {0: room, "cpu": 10**9}, "no_split_module_classes": {"LlamaDecoderLayer"}}
     places = infer_auto_device_map(model, **limits, hf_quantizer=quantizer)
     inside = [name for name, place in places.items() if place == 0]
-    assert 2 <= len([name for name in inside if "layers" in name]) < 4
+    assert len({name.split(".")[2] for name in inside if "layers" in name}) >= 2
     assert sum(sizes[name] for name in inside) <= room
     dense = infer_auto_device_map(model, **limits)
-    assert not [name for name, place in dense.items() if place == 0 and "layers" in name]
+    assert not {"model.layers.0", "model.layers.1"} & {name for name, place in dense.items() if place == 0}
 
 
 def test_device_map_auto_loads_both_ways(tiny: Path, tiny_quantized: Path) -> None:
@@ -287,11 +293,11 @@ def test_device_map_auto_loads_both_ways(tiny: Path, tiny_quantized: Path) -> No
 
 
 def test_a_pipeline_generates(talking: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(talking)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(talking / "tokenizer.json"))
     model = on_the_fly(talking)
     generate = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     text = generate("Once upon a time", max_new_tokens=5, do_sample=False)[0]["generated_text"]
-    ids = tokenizer("Once upon a time", return_tensors="pt")
+    ids = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
     expected = model.generate(**ids, max_new_tokens=5, do_sample=False)
     assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
     assert text.startswith("Once upon a time") and len(text) > len("Once upon a time")
@@ -299,7 +305,8 @@ def test_a_pipeline_generates(talking: Path) -> None:
 
 def test_a_pipeline_loads_a_directory(talking: Path, tmp_path: Path) -> None:
     quantize_checkpoint(talking, tmp_path / "out")
-    assert add_tokenizer(tmp_path / "out")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(talking / "tokenizer.json"))
+    tokenizer.save_pretrained(tmp_path / "out")
     generate = transformers.pipeline("text-generation", model=str(tmp_path / "out"))
     assert isinstance(generate.model.model.layers[0].mlp.up_proj, PrecalLinear)
     assert generate("Once", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("Once")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from precal_ext.checkpoint import CheckpointError, TensorInfo, read_headers, read_index, read_tensor
-from precal_ext.config import QUANT_METHOD, ModelFormat, QuantizeConfig, variants
+from precal_ext.config import QUANT_METHOD, ModelFormat, QuantizeConfig
+from precal_ext.experts import PrecalExperts
 from precal_ext.inplace import Quantizing, dequantize_model, quantize_model
 from precal_ext.integrations.transformers import register
 from precal_ext.linear import PrecalLinear
@@ -98,7 +99,7 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._work: Quantizing | None = None
         self._streamed: frozenset[str] = frozenset()
         self._failed: Exception | None = None  # the loader would log what a step raises, and go on
-        self._stored: dict[str, TensorInfo] = {}  # version 4: the checkpoint's tensors by name in the model
+        self._stored: dict[str, TensorInfo] = {}  # the checkpoint's tensors of quantized weights, by name in the model
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -122,10 +123,12 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.format is not None:
             stored = _headers(model, kwargs.get("checkpoint_files"))
             swapped = swap_linears(model, config.format, stored)
-            for name in swapped:
-                _stand_in(model.get_submodule(name))
-            if ConversionOps is None:
-                self._stored = dict(_by_name_in_model(model, swapped, stored))
+            for name, source in swapped.items():
+                module = model.get_submodule(name)
+                _stand_in(module)
+                self._stored |= {f"{name}.{key}": stored[f"{source}.{key}"] for key in module.spec.tensors()}
+            if any(isinstance(module, PrecalExperts) for module in model.modules()):
+                _say_nothing_of(model, r"\.experts\.(\d+\.\w+\.weight|\w+_proj)_\w+$")
         elif not config.settings.skip_nonfinite:  # which reads all weights before it decides
             self._work = Quantizing(model, config.settings)
             # A tied weight may come later, or not at all.
@@ -137,6 +140,11 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if config.format is None:
             self._finish(model)
+        for tensor, info in self._stored.items():
+            owner, _, key = tensor.rpartition(".")
+            buffers = model.get_submodule(owner)._buffers
+            if not _is_loaded(buffers[key]):  # 5.0 mistakes tensors of experts for dense ones and leaves them
+                buffers[key] = read_tensor(info).to(buffers[key].device)
         for name, module in precal_modules(model):
             module.__dict__.pop("weight", None)
             try:
@@ -149,7 +157,7 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # ---- while a dense model is loaded -----------------------------------------------------------------------------
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self._streamed or param_name in self._stored
+        return param_name in self._streamed or (ConversionOps is None and param_name in self._stored)
 
     def get_quantize_ops(self) -> Any:
         return _Take(self)
@@ -178,7 +186,7 @@ class PrecalHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         # Read again: the value was cast to the model's dtype.
         module, _, key = name.rpartition(".")
-        model.get_submodule(module)._buffers[key] = read_tensor(info).to(device)
+        model.get_submodule(module)._buffers[key] = _loaded(read_tensor(info).to(device))
 
     def _finish(self, model: nn.Module) -> None:
         """What the loader did not bring: weights that it tied or made up, or all of them."""
@@ -252,9 +260,24 @@ class _Take(ConversionOps or object):  # type: ignore[misc]
 
 def _stand_in(module: PrecalLinear) -> None:
     """While it is loaded, a model may initialize weights of its children (GPT-2), but none that says it is done."""
-    weight = torch.empty(0)
-    weight._is_hf_initialized = True  # type: ignore[attr-defined]
-    module.__dict__["weight"] = weight
+    module.__dict__["weight"] = _loaded(torch.empty(0))
+
+
+def _loaded(tensor: Tensor) -> Tensor:
+    """Mark a tensor as transformers does."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def _say_nothing_of(model: Any, pattern: str) -> None:
+    """No word of keys that transformers finds missing or unexpected and that we know to be there."""
+    for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
+        known = getattr(model, name, None)
+        setattr(model, name, known | {pattern} if isinstance(known, set) else [*(known or ()), pattern])
 
 
 def _headers(model: Any, files: Any) -> Mapping[str, TensorInfo]:
@@ -272,20 +295,12 @@ def _headers(model: Any, files: Any) -> Mapping[str, TensorInfo]:
     return stored
 
 
-def _by_name_in_model(
-    model: Any, modules: Iterable[str], stored: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, TensorInfo]]:
-    for name in modules:
-        for key in model.get_submodule(name).spec.tensors():
-            found = (stored.get(f"{v}.{key}") for v in variants(name, model.base_model_prefix))
-            yield f"{name}.{key}", next(info for info in found if info is not None)
-
-
 def untie(model: Any) -> None:
     """An output head with a weight of its own is tied to nothing any more."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name in [n for n in tied if isinstance(model.get_submodule(n.rpartition(".")[0]), PrecalLinear)]:
         del tied[name]
+    if isinstance(model.get_output_embeddings(), PrecalLinear):
         model.config.tie_word_embeddings = False
 
 

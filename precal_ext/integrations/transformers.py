@@ -58,7 +58,7 @@ def _try_to_register() -> None:
         register()
     except Exception as error:
         version = getattr(sys.modules.get("transformers"), "__version__", "of unknown version")
-        logger.warning("precal cannot register with transformers %s: %s; it needs 5.0 or newer", version, error)
+        logger.warning("precal cannot register with transformers %s: %s; it needs 4.57 or newer", version, error)
 
 
 def register() -> None:
