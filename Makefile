@@ -12,7 +12,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13,<4"
 
-.PHONY: demo test lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
+.PHONY: demo test test-serving lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
 
 # What `make fuzz` runs; the campaigns of docs/reliability.md had a million of each.
 FUZZ ?= 1000000
@@ -24,6 +24,11 @@ demo: $(VENV)/.build-tools
 
 test: build lint
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What takes minutes or needs a server's packages: inductor, ahead-of-time compilation, `transformers serve`.
+test-serving: build
+	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[test,serving]"
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m heavy $(PYTEST_ARGS)
 
 # Editable: tests run on the sources of this folder.
 build: $(VENV)/.build-tools

@@ -81,14 +81,3 @@ def attach(model: Any, fmt: ModelFormat) -> None:
         from precal_ext.integrations import _hf_quantizer
 
         _hf_quantizer.attach(model, fmt)
-
-
-if (
-    __name__ == "__main__"
-):  # python -m precal_ext.integrations.transformers serve DIR: their commands, with precal known
-    try:
-        from transformers.cli.transformers import main
-    except ImportError:  # version 4
-        from transformers.commands.transformers_cli import main
-
-    main()
