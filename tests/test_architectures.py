@@ -67,7 +67,11 @@ def test_every_way_to_quantize_it_gives_the_same(tmp_path: Path, architecture: s
     loaded = AutoModel.from_pretrained(tmp_path / "disk", dtype="auto")
     expected = logits(in_memory)
     assert torch.isfinite(expected).all()
-    for model in (flying, loaded, load_quantized(tmp_path / "disk")):
+    doors = [flying, loaded, load_quantized(tmp_path / "disk", dtype="auto")]
+    if architecture != "Mixtral":  # transformers renames its tensors while it loads
+        config = transformers.AutoConfig.from_pretrained(folder)
+        doors.append(load_quantized(tmp_path / "disk", model=AutoModel.from_config(config)))
+    for model in doors:
         # Routers are linear layers in transformers 4.
         assert dense_linears(model) <= {"lm_head", "embed_out", "shared_expert_gate", "gate"}
         assert torch.equal(logits(model), expected)
