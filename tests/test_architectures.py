@@ -68,7 +68,7 @@ def test_every_way_to_quantize_it_gives_the_same(tmp_path: Path, architecture: s
     expected = logits(in_memory)
     assert torch.isfinite(expected).all()
     doors = [flying, loaded, load_quantized(tmp_path / "disk", dtype="auto")]
-    if architecture != "Mixtral":  # transformers renames its tensors while it loads
+    if architecture not in ("Mixtral", "GPTNeoX"):  # whose tensors transformers renames while it loads
         config = transformers.AutoConfig.from_pretrained(folder)
         doors.append(load_quantized(tmp_path / "disk", model=AutoModel.from_config(config)))
     for model in doors:

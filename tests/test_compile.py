@@ -51,6 +51,8 @@ def worst(compiled: Callable[[Tensor], Tensor], model: nn.Module) -> float:
 
 
 heavy = pytest.mark.heavy
+# 4.57 makes its positions of numbers that it reads off tensors, and its wrappers cannot be serialized.
+since_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4's own code is in the way")
 OTHERS = ["GPT2", "OPT", "Qwen3", "Mistral", "Gemma", "Phi", "Falcon", "GPTNeoX"]
 
 
@@ -71,6 +73,7 @@ def test_one_graph_for_every_batch_and_length(architecture: str, backend: str) -
     assert not counters["graph_break"]
 
 
+@since_5
 def test_decoding_needs_one_more() -> None:
     """A prompt and single tokens: two graphs, however many tokens there are."""
     model = tiny_model()
@@ -90,6 +93,7 @@ def test_decoding_needs_one_more() -> None:
     assert not counters["graph_break"]
 
 
+@since_5
 def test_experts_break_the_graph_and_say_why() -> None:
     """A graph with all of them in it would run all of them."""
     model = Logits("Mixtral")
@@ -108,6 +112,7 @@ def exported(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(model, (prompt(2, 7),), dynamic_shapes=sizes)
 
 
+@since_5
 @pytest.mark.parametrize("architecture", ["Llama", pytest.param("GPT2", marks=heavy)])
 def test_export_saves_and_loads_the_quantized_model(tmp_path: Path, architecture: str) -> None:
     model = Logits(architecture)
