@@ -81,13 +81,13 @@ class Quantizing:
         """
         found: dict[str, QTensor] = {}
         for d in self._pending.pop(parameter):
-            found |= self._take(d, parameter, self.sites[d.module].weight(value))
+            found |= self._take(d, self.sites[d.module].weight(value))
         return found
 
-    def _take(self, d: Decision, parameter: str, w: Tensor) -> dict[str, QTensor]:
+    def _take(self, d: Decision, w: Tensor) -> dict[str, QTensor]:
         self._given[d.module] = w.dtype, w.device
         waiting = self._waiting.setdefault(d.fusion_set, {})
-        waiting[d.module] = _checked(parameter, w)
+        waiting[d.module] = _checked(d.module, w, d.module in self._conv1d)
         members = self._sets[d.fusion_set]
         if len(waiting) < len(members):
             return {}
@@ -129,13 +129,14 @@ class Quantizing:
         return report
 
 
-def _checked(parameter: str, w: Tensor) -> Tensor:
+def _checked(module: str, w: Tensor, conv1d: bool) -> Tensor:
     """The weight as the ops take it: contiguous, on the CPU, finite, at most 32 bits wide."""
     w = w.cpu().contiguous()
     w = w.float() if w.dtype == torch.float64 else w
     place = first_nonfinite(w)
     if place is not None:
-        raise ValueError(f"quantize_model: {parameter} must be finite, got {w[place].item()} at {list(place)}")
+        where = list(reversed(place) if conv1d else place)
+        raise ValueError(f"quantize_model: {module}.weight must be finite, got {w[place].item()} at {where}")
     return w
 
 

@@ -170,6 +170,32 @@ def test_a_conv1d_that_is_not_finite_is_named_where_it_is(gpt2: Path, tmp_path: 
     folder = altered(gpt2, tmp_path / "model", damage)
     with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.c_fc\.weight must be finite, got inf at \[5, 77\]"):
         quantize_checkpoint(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight must be finite, got inf at \[5, 77\]"):
+        AutoModel.from_pretrained(folder, quantization_config=PrecalConfig())
+
+
+def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    name = "model.layers.1.{}.experts.2.w2.weight"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name.format("block_sparse_moe")][5, 7] = float("nan")
+
+    folder = altered(save_tiny(tmp_path / "dense", "Mixtral"), tmp_path / "model", damage)
+    message = r"layers\.1\..*experts\.2\.w2\.weight must be finite, got nan at \[5, 7\]"
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_pretrained(folder, quantization_config=PrecalConfig())
+    report = quantize_checkpoint(folder, tmp_path / "out", QuantizeConfig(skip_nonfinite=True))
+    kept = {e.tensor for e in report.entries if e.action == "keep"} - {"lm_head.weight"}
+    assert {k for k in kept if "gate" not in k} == {
+        name.format("block_sparse_moe").replace("experts.2.w2", f"experts.{e}.{w}")
+        for e in range(3)
+        for w in ("w1", "w2", "w3")
+    }
+    flying = AutoModel.from_pretrained(folder, quantization_config=PrecalConfig(skip_nonfinite=True), dtype="auto")
+    flying.save_pretrained(tmp_path / "flying")
+    assert_same_files(tmp_path / "flying", tmp_path / "out")
 
 
 def test_a_conv1d_that_the_config_does_not_name_is_refused(gpt2_quantized: Path, tmp_path: Path) -> None:
