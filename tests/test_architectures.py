@@ -283,6 +283,8 @@ def test_an_expert_that_is_kept_keeps_those_beside_it(tmp_path: Path, architectu
     assert all(".layers.1." in name for name in kept)
     assert sum(reason.startswith("excluded by") for reason in kept.values()) == 1
     assert sum("which is kept" in reason for reason in kept.values()) == len(kept) - 1
+    names = [name for name in report.left_alone() if "experts" in name]  # one, not all of them
+    assert len(names) == 1 and names[0].endswith(".experts.*") and ".layers.1." in names[0]
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     skipped = [name for name in config["modules_to_not_convert"] if not name.endswith("gate")]
     assert [name for name in skipped if name.endswith(".experts")] == skipped[1:] and len(skipped) == 2
