@@ -623,7 +623,7 @@ def test_the_example_of_the_docs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = (ROOT / "docs/serving.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?import_checkpoint.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?import_checkpoint.*?)```", text[text.index("## Interchange") :], re.DOTALL)
     shutil.copytree(symmetric[0], tmp_path / "GPTQ_MODEL")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
