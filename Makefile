@@ -18,7 +18,10 @@ VLLM_VENV ?= build/vllm-venv
 VLLM_BIN := $(abspath $(VLLM_VENV))/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-vllm lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
+.PHONY: demo test test-serving test-vllm lint build bench-recipes bench-quality bench-cpu bench-models fuzz tsan clean
+
+# Processes of `make test`; a file's tests stay together.
+TEST_JOBS ?= 2
 
 # What `make fuzz` runs; the campaigns of docs/reliability.md had a million of each.
 FUZZ ?= 1000000
@@ -30,6 +33,11 @@ demo: $(VENV)/.build-tools
 
 test: build lint
 	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What takes minutes or needs a server's packages: inductor, ahead-of-time compilation, `transformers serve`.
+test-serving: build
+	PATH="$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[test,serving]"
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m heavy $(PYTEST_ARGS)
 
 # Editable: tests run on the sources of this folder.
 build: $(VENV)/.build-tools

@@ -22,7 +22,7 @@ from rows import Results, Row
 
 from precal_ext.config import QuantizeConfig
 from precal_ext.evaluate import evaluate, load, read_windows
-from precal_ext.model import quantize_model
+from precal_ext.inplace import quantize_model
 
 FINE = {"overrides": {"lm_head": {"group_size": 16, "c": 2}}}
 # Name -> settings of the model.

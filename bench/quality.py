@@ -31,7 +31,7 @@ from torch import Tensor
 
 from precal_ext.config import QuantizeConfig
 from precal_ext.evaluate import evaluate, load, read_windows
-from precal_ext.model import quantize_model
+from precal_ext.inplace import quantize_model
 
 
 def precal_formats(bits: int) -> Iterator[tuple[str, dict[str, Any]]]:

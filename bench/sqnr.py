@@ -29,7 +29,7 @@ from rows import Results, add_arguments
 from torch import Tensor
 
 from precal_ext.config import QuantizeConfig
-from precal_ext.model import quantize_model
+from precal_ext.inplace import quantize_model
 
 SAMPLE = SHARED / "models" / "gpt2-attention-sample.safetensors"
 

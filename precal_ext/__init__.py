@@ -3,8 +3,13 @@
 >>> report = precal_ext.quantize_checkpoint("MODEL", "OUT", precal_ext.QuantizeConfig(bits=4))
 >>> model = precal_ext.load_quantized("OUT")
 
-Importing this package registers the checkpoint format with transformers.
+Importing this package registers the checkpoint format with transformers. ``precal_ext.PrecalConfig`` is what
+``from_pretrained(MODEL, quantization_config=)`` takes; asking for it imports transformers.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 from precal_ext._version import __version__
 from precal_ext.checkpoint import CheckpointError
@@ -12,9 +17,10 @@ from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import quantize_checkpoint
 from precal_ext.exporting import export_checkpoint
 from precal_ext.importing import import_checkpoint
+from precal_ext.inplace import dequantize_model, quantize_model
 from precal_ext.integrations.transformers import register_when_imported
 from precal_ext.linear import PrecalLinear, set_activations
-from precal_ext.model import load_quantized, quantize_model, save_quantized
+from precal_ext.model import load_quantized, save_quantized
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import Report
 from precal_ext.select import SelectionError
@@ -31,6 +37,7 @@ __all__ = [
     "SelectionError",
     "WeightSpec",
     "__version__",
+    "dequantize_model",
     "export_checkpoint",
     "import_checkpoint",
     "load_quantized",
@@ -39,3 +46,13 @@ __all__ = [
     "save_quantized",
     "set_activations",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "PrecalConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from precal_ext.integrations._hf_quantizer import PrecalConfig
+    except ImportError as error:
+        raise ImportError(f"precal_ext.PrecalConfig needs transformers ({error}); pip install 'precal[hf]'") from None
+    return PrecalConfig

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precal_ext.evaluate import load_model
 from precal_ext.linear import PrecalLinear, set_activations
+from precal_ext.select import is_conv1d
 
 SEED = 7
 # Where the time of a turn goes. "linear": the layers that are quantized, or their originals; "other": embedding, rotary
@@ -97,7 +98,7 @@ def parts_of(model: nn.Module) -> dict[nn.Module, str]:
         kind = type(module).__name__
         if module is head:
             found[module] = "lm_head"
-        elif isinstance(module, (PrecalLinear, nn.Linear)):
+        elif isinstance(module, (PrecalLinear, nn.Linear)) or is_conv1d(module):
             found[module] = "linear"
         elif "Norm" in kind:
             found[module] = "norms"

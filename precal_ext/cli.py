@@ -272,7 +272,7 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     if args.json:
         print(json.dumps({"out": args.out, "seconds": report.seconds, **report.summary()}))
         return EXIT_OK
-    kept = [e for e in report.entries if e.action == "keep" and e.reason != EXPERTS_NOTE]
+    kept = {name: why for name, why in report.left_alone().items() if why != EXPERTS_NOTE}
     print(
         f"{len(report.quantized)} of {len(report.entries)} tensors quantized in {report.seconds:.1f} s: "
         f"{report.bits_per_weight:.3f} bits per weight, SQNR {report.sqnr_db:.2f} dB, KL {report.kl_nats:.4f} nats"
@@ -281,7 +281,7 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     for note in report.notes[1:]:
         print("note: " + note)
     if kept:
-        print("left alone: " + ", ".join(f"{e.tensor.removesuffix('.weight')} ({e.reason})" for e in kept))
+        print("left alone: " + ", ".join(f"{name.removesuffix('.weight')} ({why})" for name, why in kept.items()))
     print("load it with:")
     for line in load_lines(args.out):
         print("    " + line)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from precal_ext import _C
@@ -214,6 +215,15 @@ def variants(name: str, prefix: str) -> tuple[str, ...]:
     return name, f"{prefix}.{name}", name.removeprefix(prefix + ".")
 
 
+_BLOCK = re.compile(r"[^.]+\.experts(?=\.|$)")
+
+
+def same_experts(name: str) -> str:
+    """A module's name with one name for the block that holds experts, which is ``mlp`` here and ``block_sparse_moe``
+    there."""
+    return _BLOCK.sub("*.experts", name)
+
+
 # ---- quantization_config of a model's config.json -------------------------------------------------------------------
 
 QUANT_METHOD = "precal"
@@ -226,17 +236,21 @@ class ModelFormat:
     Args:
         config: settings shared by all modules.
         modules_to_not_convert: linear modules that were left as they are, by exact name.
+            Experts that were left are one name together, that of the module they are in.
         module_overrides: exact module name -> fields that differ.
+        conv1d_modules: those whose dense weight is [K, N] in the model (transformers' ``Conv1D``); what is stored is
+            [N, K], as of any linear layer.
     """
 
     config: QuantizeConfig
     modules_to_not_convert: tuple[str, ...] = ()
     module_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    conv1d_modules: tuple[str, ...] = ()
 
     def for_module(self, name: str, prefix: str = "") -> QuantizeConfig:
         """Settings of a module; ``prefix`` as in ``converts``."""
-        found = next((v for v in variants(name, prefix) if v in self.module_overrides), name)
-        return self.config._with(self.module_overrides.get(found, {}))
+        found = next((v for v in _names_of(name, prefix) if v in self._overrides), "")
+        return self.config._with(self._overrides.get(found, {}))
 
     def converts(self, name: str, prefix: str = "") -> bool:
         """Whether a linear module is quantized.
@@ -245,13 +259,28 @@ class ModelFormat:
             prefix: name under which the base model sits in the whole one ("model" in Llama): a base model loaded alone
                 lacks it, and its checkpoint may.
         """
-        return not any(v in self.modules_to_not_convert for v in variants(name, prefix))
+        names = _names_of(name, prefix)
+        blocks = [v[: v.index("experts") + len("experts")] for v in names if "*.experts." in v]
+        return not any(v in self._skipped for v in (*names, *blocks))
+
+    @cached_property
+    def _overrides(self) -> dict[str, Mapping[str, Any]]:
+        return {same_experts(name): fields for name, fields in self.module_overrides.items()}
+
+    @cached_property
+    def _skipped(self) -> frozenset[str]:
+        return frozenset(map(same_experts, self.modules_to_not_convert))
+
+    def is_conv1d(self, name: str, prefix: str = "") -> bool:
+        """Whether the dense weight of a module is [K, N]; ``prefix`` as in ``converts``."""
+        return any(v in self.conv1d_modules for v in variants(name, prefix))
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` of ``config.json``."""
         from precal_ext._version import __version__
 
         c = self.config
+        conv1d = {"conv1d_modules": list(self.conv1d_modules)} if self.conv1d_modules else {}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": _C.FORMAT_VERSION,
@@ -264,6 +293,7 @@ class ModelFormat:
             "trellis": c.trellis,
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "module_overrides": {name: dict(fields) for name, fields in self.module_overrides.items()},
+            **conv1d,
         }
 
     @classmethod
@@ -278,12 +308,21 @@ class ModelFormat:
         contract = f"{_C.FORMAT_VERSION}; install a precal that knows this format"
         _check("format_version", version, _is_int(version) and version == _C.FORMAT_VERSION, contract)
         config = QuantizeConfig(**{k: data[k] for k in ("recipe", *MODULE_FIELDS) if k in data})
-        skipped = data.get("modules_to_not_convert") or []
-        good = isinstance(skipped, (list, tuple)) and all(isinstance(name, str) for name in skipped)
-        _check("modules_to_not_convert", skipped, good, "a list of module names")
+        skipped, conv1d = (_names(data, key) for key in ("modules_to_not_convert", "conv1d_modules"))
         overrides = data.get("module_overrides") or {}
         _check("module_overrides", overrides, isinstance(overrides, Mapping), "a mapping from module name to fields")
         for name, fields in overrides.items():
             _check_fields("module_overrides", name, fields)
             config._with(fields)
-        return cls(config, tuple(skipped), overrides)
+        return cls(config, skipped, overrides, conv1d)
+
+
+def _names_of(name: str, prefix: str) -> list[str]:
+    return [same_experts(v) for v in variants(name, prefix)]
+
+
+def _names(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = data.get(key) or []
+    good = isinstance(found, (list, tuple)) and all(isinstance(name, str) for name in found)
+    _check(key, found, good, "a list of module names")
+    return tuple(found)

@@ -30,12 +30,13 @@ from precal_ext.checkpoint import (
 from precal_ext.config import QuantizeConfig
 from precal_ext.digest import sha256
 from precal_ext.measure import measure
+from precal_ext.mixtures import is_expert
 from precal_ext.plan import EXPERTS_NOTE, Job, Plan, plan_as_told, plan_quantization, shares, what_is_copied
 from precal_ext.qtensor import QTensor
 from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight
 from precal_ext.ranks import Follower, Leader, Message, Payload
 from precal_ext.report import REPORT_NAME, Entry, Report
-from precal_ext.select import Decision, is_expert, model_format
+from precal_ext.select import Decision, model_format
 from precal_ext.staging import Work, fingerprint
 from precal_ext.weights import check_finite, read_sample, read_weight
 
@@ -119,7 +120,7 @@ def run_plan(
     """
     started = time.monotonic()
     report = Report(plan.config, notes=[f"linear layers found by {plan.found.source}"])
-    experts = sum(is_expert(job.info.name) for job in plan.jobs)
+    experts = sum(job.decision is None and is_expert(job.info.name) for job in plan.jobs)
     if experts:
         report.notes.append(f"{experts} {EXPERTS_NOTE.replace('weight', 'weights')}: most of this model stays as it is")
     report.bytes_before = sum(job.nbytes_in for job in plan.jobs)
@@ -142,7 +143,8 @@ def run_plan(
         finally:
             writer.close()
         _check_unchanged(plan)
-        fmt = model_format(plan.decisions, plan.config, plan.found.absent, plan.found.model_names)
+        found = plan.found
+        fmt = model_format(plan.decisions, plan.config, found.absent, found.model_names, found.conv1d)
         tying = {"tie_word_embeddings": False} if plan.untied else {}
         model_config = {**plan.model_config, **tying, "quantization_config": fmt.to_dict()}
         write_file(work.new / "config.json", _json(model_config))
@@ -194,8 +196,8 @@ class _Quantizer:
             return None
         fitted = self._first[_set_of(job)] is job and not job.decision.settings(self._plan.config).uniform
         members = self._sets[job.decision.fusion_set] if fitted else []
-        samples = [read_sample(member.info, max(1, SAMPLE // len(members))) for member in members]
-        return read_weight(job.info), samples
+        samples = [read_sample(member.info, max(1, SAMPLE // len(members)), member.conv1d) for member in members]
+        return read_weight(job.info, job.conv1d), samples
 
     def compute(self, job: Job, given: tuple[Tensor, list[Tensor]] | None) -> tuple[Entry, QTensor | None]:
         self._check()
@@ -203,13 +205,13 @@ class _Quantizer:
             action, reason = what_is_copied(job)
             return Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info)), None
         w, samples = given
-        check_finite(job.info, w)
+        check_finite(job.info, w, job.conv1d)
         settings, name = job.decision.settings(self._plan.config), job.decision.fusion_set
         if name not in self._grids:
             members = self._sets[name]
             for member, sample in zip(members, samples, strict=False):
                 if not bool(torch.isfinite(sample).all()):
-                    check_finite(member.info, read_weight(member.info))
+                    check_finite(member.info, read_weight(member.info, member.conv1d), member.conv1d)
             with _refused_by_name(members):
                 self._grids[name] = fit_set_grid(samples, settings) if samples else None
             samples.clear()

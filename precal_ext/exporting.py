@@ -18,11 +18,12 @@ from precal_ext.checkpoint import MAX_SHARD_BYTES, CheckpointError, copy_other_f
 from precal_ext.config import QuantizeConfig
 from precal_ext.convert import Progress
 from precal_ext.measure import Figures, row_parts, sqnr_db, sum_squares
+from precal_ext.mixtures import is_expert
 from precal_ext.packed import Loaded
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME, Entry, Report
 from precal_ext.rewrite import Item, Rewritten, check_apart, copied, rewrite, to_json
-from precal_ext.select import fusion_set_of, is_expert
+from precal_ext.select import fusion_set_of
 from precal_ext.survey import Original, Stored
 from precal_ext.uniform import group_scales, is_uniform, quantize_uniform, uniform_spec
 from precal_ext.weights import first_nonfinite
@@ -85,6 +86,11 @@ def export_checkpoint(
         if format in DENSE:
             items.append(_dense_item(stored, module, spec, DENSE[format]))
             continue
+        if stored.is_conv1d(module):
+            raise CheckpointError(
+                f"{model}: {module} must be an nn.Linear of the model for compressed-tensors, got a Conv1D; export it "
+                "as bf16, fp16 or fp32"
+            )
         specs[module] = _spec_there(model, module, spec, group_size)
         items.append(_packed_item(stored, module, spec, specs[module], scales, other))
     if not items:
@@ -194,8 +200,11 @@ def _entry(module: str, spec: WeightSpec, reason: str, dtype: torch.dtype, figur
 def _dense_item(stored: Stored, module: str, spec: WeightSpec, dtype: torch.dtype) -> Item:
     name = f"{module}.weight"
 
+    conv1d = stored.is_conv1d(module)
+
     def make(q: QTensor) -> tuple[Mapping[str, Tensor], Entry]:
-        there = torch.empty((spec.N, spec.K), dtype=dtype)
+        held = torch.empty((spec.K, spec.N) if conv1d else (spec.N, spec.K), dtype=dtype)
+        there = held.t() if conv1d else held
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             for rows, part in row_parts(q):
@@ -209,10 +218,10 @@ def _dense_item(stored: Stored, module: str, spec: WeightSpec, dtype: torch.dtyp
                 yield w, there[rows]
 
         figures = _figures(pairs(), 8.0 * dtype.itemsize)
-        return {name: there}, _entry(module, spec, "dequantized", dtype, figures, {"dtype": str(dtype)})
+        return {name: held}, _entry(module, spec, "dequantized", dtype, figures, {"dtype": str(dtype)})
 
     nbytes, memory = spec.stored_bits() // 8, dtype.itemsize * _weights(spec) + spec.stored_bits() // 8
-    outputs = {name: (dtype, (spec.N, spec.K))}
+    outputs = {name: (dtype, (spec.K, spec.N) if conv1d else (spec.N, spec.K))}
     return Item(name, outputs, nbytes, memory, lambda: stored.read_valid(module), make)
 
 

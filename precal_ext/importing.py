@@ -17,11 +17,12 @@ from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import Progress, load_lines
 from precal_ext.headers import check_settings
 from precal_ext.measure import Figures, measure
+from precal_ext.mixtures import is_expert
 from precal_ext.packed import WIDE_BITS, Loaded, PackedModel, PackedWeight, read_packed
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME, Entry, Report
 from precal_ext.rewrite import Item, Rewritten, check_apart, copied, rewrite, to_json
-from precal_ext.select import LinearModules, SelectionError, find_linears, fusion_set_of, is_expert
+from precal_ext.select import LinearModules, SelectionError, find_linears, fusion_set_of
 from precal_ext.uniform import quantize_uniform, split_scales, uniform_qtensor
 
 KEPT, WIDENED = "codes kept", "kept exactly with 8 bits"
@@ -71,7 +72,9 @@ def import_checkpoint(
     names = {w.module: found.model_names.get(w.module, w.module) for w in weights}
     kept = [found.model_names.get(n, n) for n in found.names if n not in names]
     kept += sorted(found.absent - set(names.values()))
-    fmt = ModelFormat(config, tuple(dict.fromkeys(kept)), {names[m]: fields for m, fields in overrides.items()})
+    turned = tuple(name for module, name in names.items() if module in found.conv1d)
+    own = {names[m]: fields for m, fields in overrides.items()}
+    fmt = ModelFormat(config, tuple(dict.fromkeys(kept)), own, turned)
     items, entries = [_item(w, specs[w.module], requantize) for w in weights], {}
     report = Report(config, notes=[f"imported from {packed.method}", f"linear layers found by {found.source}"])
     surplus = _zero_biases(packed, found)
@@ -128,7 +131,7 @@ def _linears(packed: PackedModel) -> LinearModules:
     strange = [m for m in here if is_expert(m) or (found.source == "transformers" and m not in found.names)]
     if strange:
         info = next(w for w in packed.weights if w.module == strange[0]).tensors
-        kind = "an expert, which cannot be loaded quantized yet" if is_expert(strange[0]) else "none of them"
+        kind = "an expert, which cannot be imported yet" if is_expert(strange[0]) else "none of them"
         raise CheckpointError(
             f"{next(iter(info.values())).file}: {strange[0]} must be a linear layer of the model, got {kind}"
         )

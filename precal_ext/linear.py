@@ -43,9 +43,11 @@ class PrecalLinear(nn.Module):
         dtype: of the bias; it, and the activations, may be float32, float16 or bfloat16.
     Attributes:
         activations: how far ``linear`` may round its input inside, "f32", "a16" (default) or "a8" (``ops.linear``).
+        conv1d: whether it stands for transformers' ``Conv1D``, whose dense weight is [K, N].
     """
 
     activations: str = "a16"
+    conv1d: bool = False
 
     def __init__(
         self,
@@ -69,15 +71,19 @@ class PrecalLinear(nn.Module):
             self.register_buffer(key, torch.zeros(shape, dtype=tensor_dtype, device=device))
 
     @classmethod
-    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None) -> PrecalLinear:
-        """A ready module from a quantized weight; ``bias`` [N] is kept as it is."""
+    def unpacked(cls, q: QTensor, bias: Tensor | None = None) -> PrecalLinear:
+        """A module that holds a quantized weight and is still to be prepacked; ``bias`` [N] is kept as it is."""
         module = cls(q.spec, bias=False, device="meta")
         for key, tensor in q.tensors.items():
             module._buffers[key] = tensor
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        module.prepack()
         return module
+
+    @classmethod
+    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None) -> PrecalLinear:
+        """A ready module from a quantized weight."""
+        return cls.unpacked(q, bias).prepack()
 
     prepacked: Tensor | None
 
@@ -112,6 +118,11 @@ class PrecalLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """W' as float32 [N, K]."""
         return self.qtensor().dequantize()
+
+    @property
+    def qweight(self) -> Tensor:
+        """The tensor with the codes, whichever form they have: PEFT asks it for the weight's device."""
+        return self.get_buffer("weight_packed") if self.prepacked is None else self.prepacked
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":

@@ -1,14 +1,12 @@
-"""Models in memory: replace linears in place, save, load."""
+"""Quantized models in memory: swap modules for those of a checkpoint, save, load."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from precal_ext.checkpoint import (
@@ -21,122 +19,17 @@ from precal_ext.checkpoint import (
     read_index,
     read_tensor,
 )
-from precal_ext.config import ModelFormat, QuantizeConfig, variants
-from precal_ext.convert import entry
+from precal_ext.config import ModelFormat, same_experts, variants
 from precal_ext.headers import check_settings
 from precal_ext.linear import PrecalLinear
+from precal_ext.mixtures import block_of, is_expert
 from precal_ext.qtensor import WeightSpec
-from precal_ext.quantize import SAMPLE, fit_set_grid, quantize_weight, sample_rows
-from precal_ext.report import Entry, Report
-from precal_ext.select import Decision, SelectionError, decide, is_linear, keep_sets_of, model_format
-from precal_ext.weights import first_nonfinite
+from precal_ext.sites import find_sites
 
 FORMAT_ATTRIBUTE = "precal_format"
 
 # Called with a model and its format once it is quantized or loaded here: adapters give it what their host wants.
 attach_hooks: list[Callable[[nn.Module, ModelFormat], None]] = []
-
-
-def quantize_model(model: nn.Module, config: QuantizeConfig | None = None) -> Report:
-    """Replace the linear layers of a model by ``PrecalLinear``, in place, all of them or none.
-
-    The choice is that of ``precal quantize``: every ``nn.Linear`` but output heads, tied weights and routers, with
-    ``lm_head``, ``include`` and ``exclude`` of the config; fusion sets share settings and grid. The result is the same,
-    bit for bit.
-
-    Args:
-        model: any module on the CPU; a transformers model can be saved with ``save_pretrained`` afterwards.
-    Returns:
-        The report: every linear, what was done, why, with figures.
-    Raises:
-        SelectionError: nothing to quantize, or quantized already.
-        ValueError, TypeError: a weight cannot be quantized; the message names its module, the model stays as it was.
-    """
-    config = config or QuantizeConfig()
-    started = time.monotonic()
-    if any(isinstance(m, PrecalLinear) for m in model.modules()):
-        raise SelectionError("quantize_model: the model must not be quantized yet, got one with PrecalLinear modules")
-    linears = find_linear_modules(model)
-    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
-    tied = _tied(model, linears)
-    decisions = decide(linears, config, _heads(model, linears), tied, model_type)
-    if config.skip_nonfinite:
-        places = {d.module: first_nonfinite(linears[d.module].weight) for d in decisions if d.quantized}
-        reasons = {m: f"holds {linears[m].weight[at].item()} at {list(at)}" for m, at in places.items() if at}
-        decisions = keep_sets_of(decisions, reasons)
-    chosen = [d for d in decisions if d.quantized]
-    if not chosen:
-        raise SelectionError("quantize_model: the model must have linear layers to quantize, got none")
-    sets: dict[str, list[Decision]] = {}
-    for d in chosen:
-        sets.setdefault(d.fusion_set, []).append(d)
-    report = Report(config, notes=["linear layers found in the model"])
-    grids: dict[str, Tensor | None] = {}
-    replacements: dict[int, PrecalLinear] = {}
-    for d in decisions:
-        module = linears[d.module]
-        # What a tied head takes is the embedding's, which stays.
-        report.bytes_before += 0 if d.quantized and d.module in tied else module.weight.nbytes
-        dtype = str(module.weight.dtype).removeprefix("torch.")
-        if not d.quantized:
-            report.entries.append(Entry(f"{d.module}.weight", "keep", d.reason, tuple(module.weight.shape), dtype))
-            report.bytes_after += module.weight.nbytes
-            continue
-        settings = d.settings(config)
-        if d.fusion_set not in grids:
-            members = {m.module: linears[m.module] for m in sets[d.fusion_set]}
-            grids[d.fusion_set] = _fit(members, settings)
-        w = _weight(d.module, module)
-        q = quantize_weight(w, settings, grids[d.fusion_set])
-        report.entries.append(entry(d, settings, w, q, dtype))
-        report.bytes_after += q.spec.stored_bits() // 8
-        replacements[id(module)] = PrecalLinear.from_qtensor(q, module.bias)
-    for name, other in list(model.named_modules(remove_duplicate=False)):
-        if id(other) in replacements:
-            _replace(model, name, replacements[id(other)])
-    attach_format(model, model_format(decisions, config))
-    report.seconds = time.monotonic() - started
-    return report
-
-
-def find_linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """The modules that can become ``PrecalLinear``, by name."""
-    return {name: cast(nn.Linear, m) for name, m in model.named_modules() if is_linear(m)}
-
-
-def _fit(members: Mapping[str, nn.Linear], settings: QuantizeConfig) -> Tensor | None:
-    share = max(1, SAMPLE // len(members))
-    return fit_set_grid([sample_rows(_weight(name, m), share) for name, m in members.items()], settings)
-
-
-def _weight(name: str, module: nn.Linear) -> Tensor:
-    w = module.weight.detach().contiguous()
-    w = w.float() if w.dtype == torch.float64 else w
-    if not bool(torch.isfinite(w).all()):
-        n, k = (~torch.isfinite(w)).nonzero()[0].tolist()
-        raise ValueError(f"quantize_model: {name}.weight must be finite, got {w[n, k].item()} at [{n}, {k}]")
-    return w
-
-
-def _heads(model: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return {name for name, m in linears.items() if m is head}
-
-
-def _tied(model: nn.Module, linears: Mapping[str, nn.Linear]) -> set[str]:
-    """Linears whose weight is also a parameter of another module."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {name for name, m in linears.items() if owners[id(m.weight)] > 1}
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def attach_format(model: nn.Module, fmt: ModelFormat) -> None:
@@ -146,7 +39,7 @@ def attach_format(model: nn.Module, fmt: ModelFormat) -> None:
         hook(model, fmt)
 
 
-def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, TensorInfo]) -> list[str]:
+def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Put an empty ``PrecalLinear`` in place of every linear that the format converts and the checkpoint holds.
 
     Headers are compared with what the format implies before anything is loaded: loaders fill what a checkpoint lacks
@@ -155,7 +48,7 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
     Args:
         stored: every tensor of the checkpoint. A linear without quantized tensors there stays dense (a new head).
     Returns:
-        Names of the swapped modules.
+        Names of the swapped modules -> their names in the checkpoint.
     Raises:
         CheckpointError: a tensor is missing, or has another dtype or shape than it must.
     """
@@ -164,9 +57,14 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
     for name in stored:
         module_name, _, leaf = name.rpartition(".")
         keys.setdefault(module_name, set()).add(leaf)
-    swapped = []
-    for name, module in find_linear_modules(model).items():
-        source = next((v for v in variants(name, prefix) if any(is_stored(k) for k in keys.get(v, ()))), None)
+    swapped: dict[str, str] = {}
+    experts = {same_experts(name): name for name in keys if is_expert(name)}
+    sites = find_sites(model)
+    for name, site in sites.items():
+        sources = variants(name, prefix)
+        if is_expert(name):
+            sources = tuple(experts.get(same_experts(v), v) for v in sources)
+        source = next((v for v in sources if any(is_stored(k) for k in keys.get(v, ()))), None)
         if source is None:
             continue
         if not fmt.converts(name, prefix):  # the host would make up a dense weight
@@ -174,11 +72,19 @@ def swap_linears(model: nn.Module, fmt: ModelFormat, stored: Mapping[str, Tensor
             raise CheckpointError(
                 f"{file}: {source} must be dense as modules_to_not_convert says, got a quantized weight"
             )
-        spec = WeightSpec.from_config(module.out_features, module.in_features, fmt.for_module(name, prefix))
+        spec = WeightSpec.from_config(*site.shape, fmt.for_module(name, prefix))
         _check_headers(source, keys[source], spec, stored)
-        dtype = None if module.bias is None else module.bias.dtype
-        _replace(model, name, PrecalLinear(spec, module.bias is not None, module.weight.device, dtype))
-        swapped.append(name)
+        dtype = None if site.bias is None else site.bias.dtype
+        if site.conv1d and not fmt.is_conv1d(name, prefix):  # a square one would load, and be another matrix
+            file = stored[f"{source}.weight_shape"].file
+            raise CheckpointError(f"{file}: conv1d_modules of config.json must name {name}, got a Conv1D it does not")
+        site.put(model, PrecalLinear(spec, site.bias is not None, site.held.device, dtype))
+        swapped[name] = source
+    parts = {name for name in sites if is_expert(name)}
+    blocks = {block_of(name) for name in parts & swapped.keys()}
+    for name in sorted(parts - swapped.keys()):
+        if block_of(name) in blocks:
+            raise CheckpointError(f"{name}: must be quantized as other experts of its layer are, got no tensors of it")
     return swapped
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from precal_ext.checkpoint import (
 )
 from precal_ext.config import QuantizeConfig
 from precal_ext.foreign import quantized_by
+from precal_ext.mixtures import is_expert
 from precal_ext.packed import METHODS
 from precal_ext.qtensor import WeightSpec
-from precal_ext.select import Decision, LinearModules, decide, find_linears, is_expert, keep_sets_of
+from precal_ext.select import Decision, LinearModules, decide, find_linears, keep_sets_of
 from precal_ext.shards import fitting_groups, why_not
 from precal_ext.staging import fingerprint, read_journal
 from precal_ext.weights import first_nonfinite, pieces
@@ -51,6 +52,7 @@ class Job:
     decision: Decision | None  # None: not a linear weight
     spec: WeightSpec | None  # None: copied
     source: str | None = None  # another tensor of the model, whose weight it is made from: a tied head has none
+    conv1d: bool = False  # the tensor is [K, N]
 
     @property
     def nbytes_in(self) -> int:
@@ -199,13 +201,13 @@ def plan_quantization(
         found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
     shared = found.shared if config.lm_head is not None else {}
     heads, tied = {*found.heads, *shared}, {*found.tied, *shared}
-    decisions = decide([*found.names, *shared], config, heads, tied, _model_type(model_config))
-    jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
+    decisions = decide([*found.names, *shared], config, heads, tied, _model_type(model_config), found.conv1d)
+    jobs = _jobs(index, {d.module: d for d in decisions}, config, shared, found.conv1d)
     nonfinite: Mapping[str, str] = {}
     if config.skip_nonfinite:
         nonfinite = told["nonfinite"] if told else _nonfinite(jobs)
         decisions = keep_sets_of(decisions, nonfinite)
-        jobs = _jobs(index, {d.module: d for d in decisions}, config, shared)
+        jobs = _jobs(index, {d.module: d for d in decisions}, config, shared, found.conv1d)
     for job in jobs:
         why = "" if job.spec is None else why_not(job.module, job.spec, tensor_parallel)
         if why:
@@ -276,6 +278,7 @@ def _jobs(
     decisions: Mapping[str, Decision],
     config: QuantizeConfig,
     shared: Mapping[str, str],
+    turned: Collection[str],
 ) -> list[Job]:
     jobs = []
     sources = {f"{module}.weight": name for module, name in shared.items() if decisions[module].quantized}
@@ -283,7 +286,7 @@ def _jobs(
     apart = [dataclasses.replace(index[source], name=name) for name, source in sources.items()]
     for info in (*index.values(), *apart):
         decision = decisions.get(info.name.removesuffix(".weight")) if info.name.endswith(".weight") else None
-        spec = None
+        spec, conv1d = None, decision is not None and decision.module in turned
         if decision is not None and decision.quantized:
             if info.dtype not in QUANTIZABLE:
                 raise CheckpointError(
@@ -292,8 +295,9 @@ def _jobs(
                 )
             if 0 in info.shape:
                 raise CheckpointError(f"{info.file}: {info.name} must have elements, got shape {list(info.shape)}")
-            spec = WeightSpec.from_config(info.shape[0], info.shape[1], decision.settings(config))
-        jobs.append(Job(info, decision, spec, sources.get(info.name)))
+            N, K = reversed(info.shape) if conv1d else info.shape
+            spec = WeightSpec.from_config(N, K, decision.settings(config))
+        jobs.append(Job(info, decision, spec, sources.get(info.name), conv1d))
     return jobs
 
 

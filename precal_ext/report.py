@@ -12,6 +12,7 @@ from typing import Any
 from precal_ext._version import __version__
 from precal_ext.config import QuantizeConfig
 from precal_ext.measure import Figures, sqnr_db
+from precal_ext.mixtures import block_of, is_expert
 
 REPORT_NAME = "precal_report.json"
 
@@ -71,6 +72,14 @@ class Report:
     @property
     def quantized(self) -> list[Entry]:
         return [e for e in self.entries if e.figures is not None]
+
+    def left_alone(self) -> dict[str, str]:
+        """Linears that were not quantized, by tensor, and why; experts of a layer together, for the reason of one."""
+        found: dict[str, str] = {}
+        for e in self.entries:
+            if e.action == "keep":
+                found.setdefault(f"{block_of(e.tensor)}.*" if is_expert(e.tensor) else e.tensor, e.reason)
+        return found
 
     @property
     def weights(self) -> int:
@@ -141,11 +150,11 @@ class Report:
                 f"| `{e.tensor}` | {e.shape[0]} x {e.shape[1]} | {s['bits']} | {s['group_size']} | {s['c']} | "
                 f"{f.bits_per_weight:.3f} | {f.sqnr_db:.2f} | {f.kl_nats:.4f} |"
             )
-        kept = [e for e in self.entries if e.action == "keep"]
+        kept = self.left_alone()
         if kept:
             lines += [
                 "",
-                "Linear layers left as they are: " + "; ".join(f"`{e.tensor}` ({e.reason})" for e in kept) + ".",
+                "Linear layers left as they are: " + "; ".join(f"`{name}` ({why})" for name, why in kept.items()) + ".",
             ]
         return "\n".join(lines) + "\n"
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from precal_ext.config import MODULE_FIELDS, ModelFormat, QuantizeConfig
+from precal_ext.config import MODULE_FIELDS, ModelFormat, QuantizeConfig, same_experts
 from precal_ext.headers import impossible_settings
+from precal_ext.mixtures import block_of, find_experts, is_expert, pooled
 
 logger = logging.getLogger("precal")
 
@@ -41,6 +42,10 @@ _KNOWN_ARCHITECTURES = frozenset(
     )
 )  # fmt: skip
 
+# Those whose linear layers are transformers' Conv1D.
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+_CONV1D_ARCHITECTURES = frozenset({"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"})
+
 # Siblings that servers load as one matrix.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -49,7 +54,6 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 # Linears whose weight the model's own code in transformers reads or rewrites, by model_type.
 _REWRITTEN = {"rwkv": re.compile(r"(^|\.)(attention\.output|feed_forward\.value)$")}
@@ -86,13 +90,17 @@ class Decision:
 
 def keep_sets_of(decisions: Sequence[Decision], found: Mapping[str, str]) -> list[Decision]:
     """Decisions with the modules of ``found`` kept for the reason given there, and with them their fusion sets, whose
-    members must have one format."""
-    sets = {d.fusion_set: d.module for d in decisions if d.module in found and d.quantized}
+    members must have one format, and the experts beside them, which are one module in memory."""
+
+    def set_of(d: Decision) -> str:
+        return block_of(d.module) if is_expert(d.module) else d.fusion_set
+
+    sets = {set_of(d): d.module for d in reversed(decisions) if d.module in found}
 
     def changed(d: Decision) -> Decision:
-        if not d.quantized or d.fusion_set not in sets:
+        if not d.quantized or set_of(d) not in sets:
             return d
-        reason = found.get(d.module, f"fused with {sets[d.fusion_set]}, which is kept")
+        reason = found.get(d.module, f"fused with {sets[set_of(d)]}, which is kept")
         return dataclasses.replace(d, action="keep", reason=reason)
 
     return [changed(d) for d in decisions]
@@ -105,7 +113,7 @@ def fusion_set_of(module: str) -> str:
         if leaf in names:
             leaf = "(" + ",".join(names) + ")"
     name = f"{parent}.{leaf}" if parent else leaf
-    return _EXPERT.sub(r"\1experts.*.", name)
+    return pooled(name)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -113,14 +121,15 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``: a linear layer that holds its weight as [K, N]."""
+    host = sys.modules.get("transformers.pytorch_utils")
+    return host is not None and isinstance(module, host.Conv1D)
+
+
 def is_head(module: str) -> bool:
     """Whether a module is called as output heads are."""
     return _HEAD.search(module) is not None
-
-
-def is_expert(module: str) -> bool:
-    """One of the experts of a mixture: on disk a linear weight, in memory a slice of one tensor for all of them."""
-    return _EXPERT.search(module) is not None
 
 
 def decide(
@@ -129,6 +138,7 @@ def decide(
     heads: Collection[str] = (),
     tied: Collection[str] = (),
     model_type: str = "",
+    conv1d: Collection[str] = (),
 ) -> list[Decision]:
     """Choose among the linear modules of a model.
 
@@ -136,6 +146,7 @@ def decide(
         linears: names of all modules that compute x @ W.T.
         heads: those known to be output heads.  tied: those that share their weight with another module.
         model_type: transformers' name of the architecture; some need a linear or two as they are.
+        conv1d: those whose weight is held as [K, N].
     Raises:
         SelectionError: ``include`` names a tied module, ``lm_head`` finds no head, or a fusion set would get unequal
             settings.
@@ -164,13 +175,16 @@ def decide(
             keep = "output head"
         elif included is None and _ROUTER.search(name):
             keep = "router"
-        reason = keep or (f"included by {included!r}" if included is not None else "linear layer")
+        kind = "Conv1D, stored as the linear layer it is" if name in conv1d else "linear layer"
+        reason = keep or (f"included by {included!r}" if included is not None else kind)
         if head and not keep and config.lm_head is not None:
             reason = "output head, apart from the embedding" if name in tied else "output head"
         decisions.append(Decision(name, "keep" if keep else "quantize", reason, fusion_set_of(name), head))
     if config.lm_head is not None and not any(d.head and d.quantized for d in decisions):
         some = ", ".join(d.module for d in decisions if d.head) or "none"
         raise SelectionError(f"select: --lm-head must find an output head that is not excluded, got {some}")
+    kept_experts = {d.module: d.reason for d in decisions if is_expert(d.module) and not d.quantized}
+    decisions = keep_sets_of(decisions, kept_experts)
     _check_sets(decisions, config)
     return decisions
 
@@ -202,6 +216,7 @@ def model_format(
     config: QuantizeConfig,
     absent: Collection[str] = (),
     names: Mapping[str, str] | None = None,
+    conv1d: Collection[str] = (),
 ) -> ModelFormat:
     """What ``config.json`` says of these decisions.
 
@@ -209,6 +224,7 @@ def model_format(
         absent: linear modules of the model without a weight of their own in the checkpoint (a tied head); those that
             get one all the same are named only as quantized.
         names: checkpoint name -> name in the model, where they differ.
+        conv1d: modules whose dense weight is [K, N].
     """
     names = names or {}
     base = config._with({})
@@ -221,8 +237,10 @@ def model_format(
                 changed["grid"] = fields["grid"]  # a reader derives the grid from the width unless told
             overrides[names.get(d.module, d.module)] = changed
     kept = [names.get(d.module, d.module) for d in decisions if not d.quantized]
+    kept = [block_of(name) if is_expert(name) else name for name in kept]
     kept += sorted(set(absent) - {d.module for d in decisions if d.quantized})
-    return ModelFormat(base, tuple(dict.fromkeys(kept)), overrides)
+    turned = tuple(names.get(d.module, d.module) for d in decisions if d.quantized and d.module in conv1d)
+    return ModelFormat(base, tuple(dict.fromkeys(kept)), overrides, turned)
 
 
 # ---- the linear modules of a checkpoint -----------------------------------------------------------------------------
@@ -240,6 +258,7 @@ class LinearModules:
         source: how they were found.
         shared: output head that is absent -> the tensor of the checkpoint whose weight it uses.
         unbiased: those that have no bias in the model, where the model is known.
+        conv1d: those whose weight is [K, N] in the checkpoint.
     """
 
     names: tuple[str, ...]
@@ -250,6 +269,7 @@ class LinearModules:
     source: str
     shared: Mapping[str, str] = field(default_factory=dict)
     unbiased: frozenset[str] = frozenset()
+    conv1d: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``from_dict`` gives the same back."""
@@ -257,7 +277,7 @@ class LinearModules:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LinearModules:
-        sets = {key: frozenset(data.get(key, ())) for key in ("heads", "tied", "absent", "unbiased")}
+        sets = {key: frozenset(data.get(key, ())) for key in ("heads", "tied", "absent", "unbiased", "conv1d")}
         return cls(**{**data, **sets, "names": tuple(data["names"])})
 
 
@@ -282,8 +302,12 @@ def find_linears(
         architectures = [str(a) for a in model_config.get("architectures") or []]
         names: set[str] = set()
         source = "include"
+        conv1d: set[str] = set()
         if any(a in _KNOWN_ARCHITECTURES for a in architectures):
-            names = {name for name in matrices if _KNOWN_LINEARS.search(name) and not is_expert(name)}
+            names = {name for name in matrices if _KNOWN_LINEARS.search(name)}
+            source = "name patterns"
+        elif any(a in _CONV1D_ARCHITECTURES for a in architectures):
+            names = conv1d = {name for name in matrices if _CONV1D.search(name)}
             source = "name patterns"
         elif not config.include:
             some = ", ".join(sorted(matrices)[:4])
@@ -293,12 +317,12 @@ def find_linears(
             )
         head = {"lm_head"}
         tied = head if model_config.get("tie_word_embeddings") else set()
-        names |= head & matrices
+        names = names | (head & matrices)
         embeddings = [name + ".weight" for name in sorted(matrices) if _EMBEDDING.search(name)]
         untied = model_config.get("tie_word_embeddings") is False  # some tie by default, and do not say so
         shared = {"lm_head": embeddings[0]} if head - matrices and len(embeddings) == 1 and not untied else {}
         sets = frozenset(head & matrices), frozenset(tied & matrices), frozenset(head - matrices)
-        found = LinearModules(tuple(names), *sets, {}, source, shared)
+        found = LinearModules(tuple(names), *sets, {}, source, shared, conv1d=frozenset(conv1d))
     extra = {name for name in matrices - set(found.names) if _first_match(config.include, name) is not None}
     if found.source == "transformers" and extra:
         some = ", ".join(sorted(extra)[:3])
@@ -306,8 +330,6 @@ def find_linears(
             f"select: --include must match linear layers only, got {list(config.include)}, which matches {some}: "
             "no nn.Linear of this model, so it could not be loaded again"
         )
-    if any(is_expert(name) for name in extra):
-        raise SelectionError("select: --include must not name expert weights, they cannot be loaded quantized yet")
     order = {name: i for i, name in enumerate(shapes)}
     names_in_order = sorted(set(found.names) | extra, key=lambda n: order[n + ".weight"])
     return dataclasses.replace(found, names=tuple(names_in_order))
@@ -329,15 +351,21 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
             logger.warning("transformers cannot build this model (%s); choosing by name", answer["error"])
         return None
 
-    def stored_as(name: str) -> str:
-        """Checkpoints of a base model lack its prefix."""
-        return name if name in matrices else name.removeprefix(answer["prefix"])
+    experts = {same_experts(name): name for name in matrices if is_expert(name)}
 
-    names, heads, tied, absent, unbiased, model_names, shared = set(), set(), set(), set(), set(), {}, {}
-    for name, the_head, tied_to, biased in answer["linears"]:
+    def stored_as(name: str) -> str:
+        """Checkpoints of a base model lack its prefix; experts may lie in a block of another name."""
+        names = name, name.removeprefix(answer["prefix"])
+        found = next((v for v in names if v in matrices), names[1])
+        return next((experts[v] for v in map(same_experts, names) if v in experts), found) if is_expert(name) else found
+
+    names, heads, tied, absent, unbiased, conv1d = set(), set(), set(), set(), set(), set()
+    model_names, shared = {}, {}
+    for name, the_head, tied_to, biased, is_turned in answer["linears"]:
         stored = stored_as(name)
         if stored not in matrices:
-            absent.add(name)
+            if not is_expert(name):
+                absent.add(name)
             if the_head and tied_to is not None and stored_as(tied_to) in matrices:
                 shared[name] = stored_as(tied_to) + ".weight"
             continue
@@ -350,13 +378,16 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
             tied.add(stored)
         if not biased:
             unbiased.add(stored)
+        if is_turned:
+            conv1d.add(stored)
     sets = frozenset(heads), frozenset(tied), frozenset(absent)
-    return LinearModules(tuple(names), *sets, model_names, "transformers", shared, frozenset(unbiased))
+    known = {"unbiased": frozenset(unbiased), "conv1d": frozenset(conv1d)}
+    return LinearModules(tuple(names), *sets, model_names, "transformers", shared, **known)
 
 
 def _linears_of(folder: Path) -> dict[str, Any]:
     """The linear modules of transformers' model, built without memory: name, whether it is the head, which module it
-    shares its weight with, whether it has a bias."""
+    shares its weight with, whether it has a bias, whether its weight is [K, N]."""
     import transformers
 
     try:
@@ -368,13 +399,25 @@ def _linears_of(folder: Path) -> dict[str, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {"error": f"version {transformers.__version__}: {reason}"}
     head = model.get_output_embeddings()
-    tied = {k: v.removesuffix(".weight") for k, v in (getattr(model, "all_tied_weights_keys", None) or {}).items()}
+    tied = {k: v.removesuffix(".weight") for k, v in tied_parameters(model).items()}
     linears = [
-        (name, m is head, tied.get(f"{name}.weight"), m.bias is not None)
+        (name, m is head, tied.get(f"{name}.weight"), m.bias is not None, is_conv1d(m))
         for name, m in model.named_modules()
-        if is_linear(m)
+        if is_linear(m) or is_conv1d(m)
     ]
+    for name, experts in find_experts(model).items():
+        linears += [(f"{name}.{e}.{leaf}", False, None, False, False) for e, leaf, _, _ in experts.parts()]
     return {"prefix": model.base_model_prefix + ".", "linears": linears}
+
+
+def tied_parameters(model: Any) -> dict[str, str]:
+    """Name of a parameter that is another's -> the other's."""
+    said = getattr(model, "all_tied_weights_keys", None)
+    if said is not None:
+        return dict(said)
+    first: dict[int, str] = {}  # transformers 4 ties at once and lists nothing
+    names = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: first[key] for name, key in names.items() if first.setdefault(key, name) != name}
 
 
 # What the answer may take: a model of 10**5 modules needs a minute and 1 GB.

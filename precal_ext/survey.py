@@ -21,6 +21,7 @@ from precal_ext.model import header_problems, read_format
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME
 from precal_ext.select import is_head
+from precal_ext.weights import read_weight
 
 # Last parts of the names by which a weight is known to be quantized.
 KEYS = frozenset(
@@ -131,6 +132,11 @@ class Stored:
         """Settings of a module by its name in the checkpoint, which may lack the base model's prefix, or have it."""
         return self.format.for_module(module, self._prefix(module))
 
+    def is_conv1d(self, module: str) -> bool:
+        """Whether its dense weight is [K, N]."""
+        names = self.format.conv1d_modules
+        return any(n == module or n.endswith("." + module) or module.endswith("." + n) for n in names)
+
     def _prefix(self, module: str) -> str:
         for other in self.format.module_overrides:
             if other.endswith("." + module):
@@ -236,8 +242,8 @@ class Original:
             raise CheckpointError(f"{folder}: must be the model before quantization, got a quantized one")
         self.folder, self.index = folder, read_index(folder)
 
-    def weight(self, module: str, spec: WeightSpec) -> Tensor:
-        """The weight as the quantizer saw it.
+    def weight(self, module: str, spec: WeightSpec, conv1d: bool = False) -> Tensor:
+        """The weight as the quantizer saw it; ``conv1d``: it is [K, N] here.
 
         Raises:
             CheckpointError: it is not there, or has another shape.
@@ -248,13 +254,12 @@ class Original:
             info = same[0] if len(same) == 1 else None
         if info is None:
             raise CheckpointError(f"{self.folder}: must be the original of this model, got no {module}.weight in it")
-        if info.shape != (spec.N, spec.K):
-            want = [spec.N, spec.K]
+        want = [spec.K, spec.N] if conv1d else [spec.N, spec.K]
+        if list(info.shape) != want:
             raise CheckpointError(f"{info.file}: {info.name} must have shape {want}, got {list(info.shape)}")
         if info.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise CheckpointError(f"{info.file}: {info.name} must be a floating-point tensor, got {info.dtype}")
-        w = read_tensor(info)
-        return w.float() if w.dtype == torch.float64 else w
+        return read_weight(info, conv1d)
 
 
 # ---- a row per weight -----------------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from precal_ext.config import variants
 from precal_ext.digest import sha256
 from precal_ext.headers import impossible_settings
 from precal_ext.measure import measure
-from precal_ext.model import find_linear_modules, read_format
+from precal_ext.model import read_format
 from precal_ext.qtensor import QTensor, WeightSpec
+from precal_ext.select import tied_parameters
 from precal_ext.shards import is_row_parallel, why_not
+from precal_ext.sites import find_sites
 from precal_ext.survey import KEYS, Original, Recorded, Stored, quantized_modules, read_recorded, take_rows
 
 TP_SIZES = range(1, 65)
@@ -257,7 +259,7 @@ def _check_contents(
 
 def _differs(stored: Stored, module: str, q: QTensor, original: Original) -> list[str]:
     """Dequantize a sample of rows and hold it against the original and the recorded SQNR."""
-    w, problems = _caught(original.weight, module, q.spec)
+    w, problems = _caught(original.weight, module, q.spec, stored.is_conv1d(module))
     if w is None:
         return problems
     part, chosen = take_rows(q, SAMPLE)
@@ -317,11 +319,14 @@ def _check_model(result: Verification, stored: Stored, specs: Mapping[str, Weigh
 
 def _empty_model(folder: Path) -> tuple[Any, bool]:
     import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # version 4 renames nothing
+        return model, False
     return model, bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
@@ -329,9 +334,8 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
     prefix = str(getattr(model, "base_model_prefix", ""))
     config = stored.folder / "config.json"
     problems: list[str] = []
-    linears = find_linear_modules(model)
     known: set[str] = set()
-    for name, linear in linears.items():
+    for name, site in find_sites(model).items():
         source = next((v for v in variants(name, prefix) if v in stored.modules), None)
         if source is None:
             if stored.format.converts(name, prefix) and any(
@@ -340,7 +344,7 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
                 problems.append(f"{config}: modules_to_not_convert must name {name}, its weight is not quantized")
             continue
         known |= {source, f"{name}.weight"}
-        spec, shape = specs.get(source), [linear.out_features, linear.in_features]
+        spec, shape = specs.get(source), list(site.shape)
         if spec is not None and shape != [spec.N, spec.K]:
             got = [spec.N, spec.K]
             problems.append(f"{stored.folder}: {source} must be {shape} for the model of config.json, got {got}")
@@ -348,7 +352,7 @@ def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) 
             problems.append(f"{config}: modules_to_not_convert must not name {name}, its weight is quantized")
     for source in stored.modules.keys() - known:
         problems.append(f"{stored.folder}: {source} must be a linear layer of the model, got quantized tensors of none")
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = set(tied_parameters(model))
     found = set()
     for name, tensor in model.state_dict().items():
         source = next((v for v in variants(name, prefix) if v in stored.index), None)

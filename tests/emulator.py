@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import importlib
 import os
@@ -30,9 +31,12 @@ def build() -> Path:
         pytest.skip("needs cmake and ninja")
     options = [f"-DPython_EXECUTABLE={sys.executable}"]
     configure = ["cmake", "-G", "Ninja", "-S", ROOT / "tests" / "cuda_on_cpu", "-B", BUILD, *options]
-    for command in (configure, ["cmake", "--build", BUILD]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        for command in (configure, ["cmake", "--build", BUILD]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return BUILD
 
 

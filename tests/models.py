@@ -53,7 +53,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "Falcon": {"tie_word_embeddings": True},
-    "Mixtral": {"num_key_value_heads": 2, "num_local_experts": 2},
+    "Mixtral": {"num_key_value_heads": 2, "num_local_experts": 3},
+    "Qwen3Moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
     "Qwen2Moe": {
         "num_key_value_heads": 2,
         "num_experts": 2,

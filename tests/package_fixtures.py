@@ -57,7 +57,7 @@ def in_memory(source: Source) -> InMemory:
 
         key = (name, recipe, bits)
         if key not in made:
-            dense: Any = transformers.AutoModelForCausalLM.from_pretrained(source(name))
+            dense: Any = transformers.AutoModelForCausalLM.from_pretrained(source(name), dtype="auto")
             made[key] = dense, quantize_model(dense, QuantizeConfig(recipe=recipe, bits=bits))
         return made[key]
 

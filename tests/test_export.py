@@ -224,13 +224,48 @@ def test_sizes_that_a_server_refuses_are_named(tmp_path: Path) -> None:
     assert [n for n in report.notes if "no multiples of 32" in n and "model.layers.0.mlp.down_proj" in n]
 
 
-def test_experts_stay_dense_and_are_ignored_by_name(tmp_path: Path) -> None:
-    quantize_checkpoint(save_tiny(tmp_path / "tiny", "Mixtral"), tmp_path / "q", QuantizeConfig(group_size=16))
+@pytest.mark.parametrize("architecture", ["Mixtral", "Qwen3Moe"])
+def test_experts_are_packed_too(tmp_path: Path, architecture: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sizes = {} if architecture == "Mixtral" else {"moe_intermediate_size": 32}
+    source = save_tiny(tmp_path / "tiny", architecture, **sizes)
+    quantize_checkpoint(source, tmp_path / "q", QuantizeConfig(group_size=16))
+    export_checkpoint(tmp_path / "q", tmp_path / "packed", original=source)
+    export_checkpoint(tmp_path / "q", tmp_path / "dense", "fp32")
+    assert sorted(stored_tensors(tmp_path / "dense")) == sorted(stored_tensors(source))
+    ours = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
+    dense = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    packed, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not any(info.values())
+    assert (dense - ours).norm() < 1e-3 * ours.norm()
+    assert (logits(packed) - ours).norm() < 0.2 * ours.norm()
+
+
+def test_a_conv1d_is_turned_again_or_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny(tmp_path / "tiny", "GPT2")
+    quantize_checkpoint(source, tmp_path / "q")
+    export_checkpoint(tmp_path / "q", tmp_path / "dense", "fp32")
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(source).items()}
+    assert {name: tensor.shape for name, tensor in stored_tensors(tmp_path / "dense").items()} == shapes
+    ours = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
+    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) - ours).norm() < 1e-3 * ours.norm()
+    with pytest.raises(
+        CheckpointError, match=r"c_attn must be an nn.Linear of the model .* got a Conv1D; export it as"
+    ):
+        export_checkpoint(tmp_path / "q", tmp_path / "packed")
+
+
+def test_experts_that_are_dense_are_ignored_by_name(tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=16, exclude=("experts",))
+    quantize_checkpoint(save_tiny(tmp_path / "tiny", "Mixtral"), tmp_path / "q", config)
     report = export_checkpoint(tmp_path / "q", tmp_path / "out")
     ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
     stored = stored_tensors(tmp_path / "out")
     experts = {name.removesuffix(".weight") for name in stored if ".experts." in name}
-    assert len(experts) == 12
+    assert len(experts) == 18
     assert experts < set(ignored)
     assert any(note.startswith("experts stay dense") for note in report.notes)
 

@@ -507,7 +507,6 @@ def test_codes_of_which_nobody_knows_how_they_are_packed(tmp_path: Path) -> None
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:
-    """transformers holds the experts of a layer in one tensor, which no checkpoint of ours has."""
     model = save_tiny(tmp_path / "model", "Mixtral", hidden_size=32, intermediate_size=64)
     name = "model.layers.0.block_sparse_moe.experts.0.w1"
 
@@ -519,6 +518,35 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     edit_config(packed, quantization_config=GPTQ)
     with pytest.raises(CheckpointError, match=r"experts.0.w1 must be a linear layer .* an expert, which cannot be"):
         import_checkpoint(packed, tmp_path / "out")
+
+
+def test_a_conv1d_is_imported_as_the_linear_layer_it_is(tmp_path: Path) -> None:
+    """GPTQ packs the weight of GPT-2's Conv1D turned, as that of a linear layer; so do we."""
+    model = save_tiny(tmp_path / "model", "GPT2")
+    codes: dict[str, Codes] = {}
+
+    def pack(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))]:
+            module = name.removesuffix(".weight")
+            codes[module] = random_codes(tensors.pop(name).t(), 4, len(codes))
+            tensors.update({f"{module}.{k}": v for k, v in gptq(codes[module]).items()})
+
+    def dense(tensors: dict[str, Tensor]) -> None:
+        for module, c in codes.items():
+            tensors[f"{module}.weight"] = c.dense().t().float().contiguous()
+
+    packed = altered(model, tmp_path / "packed", pack)
+    edit_config(packed, quantization_config=GPTQ)
+    import_checkpoint(packed, tmp_path / "out")
+    assert_exact(tmp_path / "out", codes)
+    expected = logits(load_dense(altered(model, tmp_path / "dense", dense)))
+    assert (logits(load_quantized(tmp_path / "out")) - expected).norm() < 1e-3 * expected.norm()
+
+
+def load_dense(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 def random_tensor(r: np.random.Generator) -> Tensor:
@@ -595,7 +623,7 @@ def test_the_example_of_the_docs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = (ROOT / "docs/serving.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?import_checkpoint.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?import_checkpoint.*?)```", text[text.index("## Interchange") :], re.DOTALL)
     shutil.copytree(symmetric[0], tmp_path / "GPTQ_MODEL")
     monkeypatch.chdir(tmp_path)
     exec(code, {})

@@ -176,6 +176,9 @@ def test_the_baselines_have_heads_of_theirs(dense: Any, tmp_path: Path, recipe: 
     assert torch.isfinite(logits(load_quantized(tmp_path / "out"))).all()
 
 
+@pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 refuses a base model's file with a head in it"
+)
 def test_a_base_model_without_prefix_or_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tied, its head is made from the embedding; untied, there is none to be had."""
     tied = tiny_model(tie_word_embeddings=True)

@@ -14,7 +14,7 @@ from conftest import forced_threads
 from models import DEMO, Folder, altered, digests, edit_config, logits, run_python, tiny_model
 from torch import Tensor
 
-from precal_ext import CheckpointError, ModelFormat, QuantizeConfig, Report, load_quantized, quantize_checkpoint
+from precal_ext import CheckpointError, QuantizeConfig, Report, load_quantized, quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytest_plugins = ["package_fixtures"]
@@ -216,12 +216,6 @@ def test_another_architecture_is_refused(tiny_quantized: Path) -> None:
 def test_keywords_for_a_given_model_are_refused(tiny_quantized: Path) -> None:
     with pytest.raises(TypeError, match="keyword arguments must go with model=None, got dtype"):
         load_quantized(tiny_quantized, model=tiny_model(), dtype=torch.float16)
-
-
-def test_a_dense_model_is_not_quantized_while_loading(tiny: Path) -> None:
-    settings = ModelFormat(QuantizeConfig()).to_dict()
-    with pytest.raises(ValueError, match="must be given a checkpoint that precal quantized, got a dense one; run"):
-        transformers.AutoModelForCausalLM.from_pretrained(tiny, quantization_config=settings)
 
 
 # ---- registration with transformers ----------------------------------------------------------------------------------

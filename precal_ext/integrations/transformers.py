@@ -58,7 +58,7 @@ def _try_to_register() -> None:
         register()
     except Exception as error:
         version = getattr(sys.modules.get("transformers"), "__version__", "of unknown version")
-        logger.warning("precal cannot register with transformers %s: %s; it needs 5.0 or newer", version, error)
+        logger.warning("precal cannot register with transformers %s: %s; it needs 4.57 or newer", version, error)
 
 
 def register() -> None:
@@ -68,6 +68,8 @@ def register() -> None:
         return
     from precal_ext.integrations import _hf_quantizer
 
+    if not hasattr(_hf_quantizer, "PrecalHfQuantizer"):
+        return  # its own import brought us here; it registers at its end
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["precal"] = _hf_quantizer.PrecalConfig
     auto.AUTO_QUANTIZER_MAPPING["precal"] = _hf_quantizer.PrecalHfQuantizer
 
