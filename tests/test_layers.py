@@ -177,7 +177,7 @@ UNSEEN = {"numpy"}
 # has them.
 BROUGHT = {"huggingface_hub", "markupsafe", "accelerate", "peft"}
 # A host that calls us: where it is not, nothing imports it.
-HOSTS = {\"vllm\"}
+HOSTS = {"vllm"}
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
