@@ -32,7 +32,7 @@ demo: $(VENV)/.build-tools
 	cd demo && PATH="$(BIN):$$PATH" $(BIN)/precal demo llama-6m --text text.txt
 
 test: build lint
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # What takes minutes or needs a server's packages: inductor, ahead-of-time compilation, `transformers serve`.
 test-serving: build

@@ -358,9 +358,8 @@ def main() -> None:
     readme, method = ROOT / "README.md", docs / "method.md"
     front = replace(readme.read_text(encoding="utf-8"), "performance", readme_performance(speed))
     steps, whole = rows("quantize_speed.jsonl"), rows("quantize_checkpoint.jsonl")
-    speed_page = performance_page(speed, quoted, models, heads, rows("cpu_extras.jsonl")) + quantizing_section(
-        steps, whole
-    )
+    extras, served = rows("cpu_extras.jsonl"), rows("vllm.jsonl")
+    speed_page = performance_page(speed, quoted, models, heads, extras, served) + quantizing_section(steps, whole)
     wanted = {docs / "performance.md": speed_page}
     if recipes:
         front = replace(front, "recipes", readme_table(recipes))

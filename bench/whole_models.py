@@ -23,6 +23,10 @@ head, `attention` what attention does besides its linear layers (rotary embeddin
 sums, choosing the token, and the Python of the blocks. `read` is the least that reading the weights of a token takes,
 at the memory bandwidth measured in the same rounds."""
 
+SERVED = """\
+vLLM's own server on a CPU with precal's plug-in, beside the bfloat16 original in vLLM's own kernels, both running and
+asked by turns (`bench/vllm_serve.py`)."""
+
 HEAD = """\
 `--lm-head 8` or `4` quantizes the output head too. An untied head shrinks. A model that ties it to the embedding keeps
 the embedding dense and gets a head of its own beside it: more bytes, for reading fewer of them in a token, which pays
@@ -142,6 +146,28 @@ def head_table(heads: list[Row]) -> list[str]:
     first = heads[0]
     where = f"{first['date']}, {first['cpu']} ({first['isa']}), torch {first['torch']}, precal {first['precal']}"
     return [*lines, "", f"{where}; `{first['command'].strip()}`."]
+
+
+def served_section(served: list[Row]) -> list[str]:
+    """Rows of bench/vllm_serve.py."""
+    if not served:
+        return []
+    lines = ["", "### Served by vLLM", "", *SERVED.splitlines(), ""]
+    head = (
+        "model | setting | threads | alone, tokens/s | original | x | at once, tokens/s | original | x | first token, s"
+    )
+    lines += [f"| {head} | original |", "|" + "---|" * 11]
+    for r in served:
+        q, o, x = r["quantized"], r["original"], r["ratio"]
+        cells = [r["model"], r["format"], r["threads"]]
+        for key in ("decode", "together"):
+            cells += [f"{q[key][0]:.1f}", f"{o[key][0]:.1f}", f"**{x[key][0]:.2f}**"]
+        cells += [f"{side['first_token_seconds'][0]:.2f}" for side in (q, o)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    r, asked = served[-1], served[-1]["settings"]
+    where = f"{r['date']}, commit {r['commit']}, {r['cpu']} ({r['isa']}), vLLM {r['vllm']}, torch {r['torch']}"
+    how = f"prompts of {asked['prompt_length']}, {asked['tokens']} tokens, {asked['requests']} requests at once"
+    return [*lines, "", f"{where}; `{r['command'].strip()}`: {how}, {asked['rounds']} rounds."]
 
 
 def models_section(data: list[Row], heads: list[Row]) -> list[str]:

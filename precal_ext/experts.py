@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class PrecalExperts(nn.Module):
 
     def __init__(self, layout: Experts, act_fn: Any) -> None:
         super().__init__()
+        _keep_out_of_graphs()
         self.layout = layout
         self.act_fn = act_fn
         for e in range(layout.count):
@@ -30,8 +32,6 @@ class PrecalExperts(nn.Module):
         """Put one of the matrices in its place."""
         self.get_submodule(str(expert)).add_module(name, linear)
 
-    # A graph with all experts in it would read and run all of them.
-    @torch.compiler.disable(reason="which experts run depends on the tokens")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H]; top_k_index, top_k_weights [tokens, k]; an index beyond the experts is nobody."""
         y = torch.zeros_like(hidden_states)
@@ -46,3 +46,11 @@ class PrecalExperts(nn.Module):
             part = down(self.act_fn(gate(x)) * up(x)) * top_k_weights[token, k, None]
             y.index_add_(0, token, part.to(y.dtype))
         return y
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """A graph with all experts in it would read and run all of them. Not a decorator: it would import torch._dynamo, 70
+    MB, wherever precal_ext is imported."""
+    why = "which experts run depends on the tokens"
+    PrecalExperts.forward = torch.compiler.disable(PrecalExperts.forward, reason=why)  # type: ignore[method-assign]

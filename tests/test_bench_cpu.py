@@ -292,6 +292,20 @@ def test_the_page_has_every_peer_limit_and_run(load: Any) -> None:
     assert "| 4 bits, a8 | 100 (50% read), 1.50 x |" in readme and "| 3 bits, a8 | 80.0 (-) |" in readme
 
 
+def test_a_served_model_stands_beside_its_original(load: Any) -> None:
+    rates = {"decode": [20.0, 0.1], "together": [40.0, 0.1], "first_token_seconds": [0.5, 0.0]}
+    served = {
+        **{"model": "m", "format": "4 bits", "threads": 2, "date": "2026-01-01", "commit": "c", "cpu": "A CPU"},
+        **{"isa": "avx2", "vllm": "0.1", "torch": "2", "command": "python x", "quantized": rates},
+        "original": {**rates, "decode": [8.0, 0.1]},
+        "ratio": {"decode": [2.5, 0.0], "together": [1.0, 0.0]},
+        "settings": {"prompt_length": 8, "tokens": 4, "requests": 2, "rounds": 3},
+    }
+    section = load("whole_models").served_section([served])
+    assert "| m | 4 bits | 2 | 20.0 | 8.0 | **2.50** | 40.0 | 40.0 | **1.00** | 0.50 | 0.50 |" in section
+    assert load("whole_models").served_section([]) == []
+
+
 def test_targets_are_judged_by_what_was_measured(load: Any) -> None:
     targets = load("targets")
     many = {"limit": "int8_dot", "packed_bytes": 1}
