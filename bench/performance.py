@@ -44,11 +44,14 @@ instructions unless said otherwise; a Zen 5 core starts two dots and two vector 
 compared by hand and has no figures here.
 
 - **M = 1** (wanted: 95 % of reading DRAM, 92 % with 3 bits): 2.5 to decode 64 codes of 4 bits, one dot, one load of
-  activations. From L3 the kernel is well above what DRAM gives to a core, so what is missing is requests in flight,
-  not instructions. Tried: prefetches 0 to 16 KB ahead, to L1 and to L2, the next two tiles as a whole to L2, one
-  stream of tiles instead of two. The kept one (4 KB ahead in each of two streams of tiles, following the stream
-  across tiles) was the best of these in DRAM. Next: two rows of tiles per thread from
-  different halves of the weight, as the read limit's four streams have it.
+  activations: by count less than DRAM needs, so requests in flight are missing rather than instructions. Tried:
+  prefetches 0 to 16 KB ahead, to L1 and to L2, the next two tiles as a whole to L2, one stream of tiles instead of two.
+  The kept one (4 KB ahead in each of two streams of tiles, following the stream across tiles) was the best of these in
+  DRAM. Next: two rows of tiles per thread from different halves of the weight, as the read limit's four streams have
+  it.
+- **M = 1 from L3** (wanted: 150 GB/s in a8, 100 in a16): measured in one run, on a day when DRAM, L3 and the peaks of
+  this shared machine went up and down by half, so the figures are a lower bound. Not profiled; that would be next, on
+  a machine whose L3 is its own.
 - **M = 4 and 16** (wanted: 1.5 x the best peer): sums of up to 16 tokens x planes stand in registers, so a dot needs
   a load of its own for its four activations: loads and dots are even at two a cycle, and decoding and outliers come
   on top. Tried: decoding into L1 first with two tiles to a load of activations, which is even at M = 16 and slower

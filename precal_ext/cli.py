@@ -25,12 +25,11 @@ from precal_ext.console import (
     EXIT_OK,
     EXIT_REFUSED,
     EXIT_TERMINATED,
-    TRIM_EVERY,
-    ProgressDisplay,
     RefusedError,
     resolve_model,
-    return_freed_memory,
+    shown_progress,
     size_of,
+    trimming,
 )
 from precal_ext.interchange import add_commands
 
@@ -200,23 +199,10 @@ def _quantize(args: argparse.Namespace) -> int:
     from precal_ext import ranks
     from precal_ext.convert import run_share
 
-    trim = _trimming()
+    trim = trimming()
     return ranks.together(
         lambda team: _quantize_as_leader(args, trim, team), lambda team: run_share(args.model, team, trim)
     )
-
-
-def _trimming() -> Callable[[int], None]:
-    """To be called with the bytes of weights so far; gives the heap's holes back now and then."""
-    trim, trimmed = return_freed_memory(), 0
-
-    def done(count: int) -> None:
-        nonlocal trimmed
-        if count - trimmed >= TRIM_EVERY:
-            trimmed = count
-            trim()
-
-    return done
 
 
 def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], team: Any) -> int:
@@ -244,31 +230,20 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
         except BrokenPipeError:  # nobody reads; the model is wanted all the same
             _close_stdout()
 
-    display = None if args.quiet else ProgressDisplay(sys.stderr)
-
-    def progress(p: Any) -> None:
-        trim(p.bytes_done)
-        if display is not None:
-            display(p)
-
     try:
-        report = run_plan(
-            plan,
-            overwrite=args.overwrite,
-            progress=progress,
-            announce=None if args.json or args.quiet else announce,
-            team=team,
-        )
+        with shown_progress(args.quiet, trim) as progress:
+            report = run_plan(
+                plan,
+                overwrite=args.overwrite,
+                progress=progress,
+                announce=None if args.json or args.quiet else announce,
+                team=team,
+            )
     except (KeyboardInterrupt, SystemExit, OSError):
-        if display is not None:
-            display.close()
         if plan.recorded():
             again = "the same command without --overwrite" if args.overwrite else "the same command"
             print(f"precal: what is finished lies in {folder_of(plan.out)}; {again} continues", file=sys.stderr)
         raise
-    finally:
-        if display is not None:
-            display.close()
     if args.json:
         print(json.dumps({"out": args.out, "seconds": report.seconds, **report.summary()}))
         return EXIT_OK

@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import ctypes
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,33 @@ def return_freed_memory() -> Callable[[], object]:
         malloc_trim = ctypes.CDLL(None).malloc_trim
         return lambda: malloc_trim(0)
     return lambda: None
+
+
+def trimming() -> Callable[[int], None]:
+    """To be called with the bytes of weights so far; gives the heap's holes back now and then."""
+    trim, trimmed = return_freed_memory(), 0
+
+    def done(count: int) -> None:
+        nonlocal trimmed
+        if count - trimmed >= TRIM_EVERY:
+            trimmed = count
+            trim()
+
+    return done
+
+
+@contextlib.contextmanager
+def shown_progress(quiet: bool, trim: Callable[[int], None]) -> Iterator[Callable[[Any], None]]:
+    """What a long command calls with its ``Progress``: shows it unless ``quiet``, and calls ``trim``."""
+    display = None if quiet else ProgressDisplay(sys.stderr)
+
+    def show(p: Any) -> None:
+        trim(p.bytes_done)
+        if display is not None:
+            display(p)
+
+    try:
+        yield show
+    finally:
+        if display is not None:
+            display.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,7 +128,7 @@ def run_plan(
         report.notes.append(f"the output head has a weight of its own now, beside the embedding's: {apart:,} bytes")
     work = Work(plan.out, {**plan.header, "linears": plan.found.to_dict()}, overwrite)
     try:
-        _check_room(plan, work)
+        work.check_room(sum(plan.writer(work.new).sizes.values()))
         if announce is not None:
             announce()
     except BaseException:
@@ -161,16 +160,6 @@ def run_plan(
         raise
     report.seconds = time.monotonic() - started
     return report
-
-
-def _check_room(plan: Plan, work: Work) -> None:
-    there = sum(path.stat().st_blocks * 512 for path in work.new.iterdir())
-    free = shutil.disk_usage(work.folder).free + there
-    needed = sum(plan.writer(work.new).sizes.values())
-    if needed > free:
-        raise CheckpointError(
-            f"{plan.out}: must have room for {needed:,} bytes, got {free:,}; make room or write elsewhere"
-        )
 
 
 class _Quantizer:

@@ -22,7 +22,7 @@ from precal_ext.mixtures import is_expert
 from precal_ext.packed import Loaded
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME, Entry, Report
-from precal_ext.rewrite import Item, Rewritten, check_apart, copied, rewrite, to_json
+from precal_ext.rewrite import Item, Rewritten, check_directories, copied, rewrite, to_json
 from precal_ext.select import fusion_set_of
 from precal_ext.survey import Original, Stored
 from precal_ext.uniform import group_scales, is_uniform, quantize_uniform, uniform_spec
@@ -72,11 +72,11 @@ def export_checkpoint(
     started = time.monotonic()
     model, out = Path(model), Path(out)
     _check_arguments(format, original, group_size, dtype)
-    check_apart("export", model, out)
+    check_directories("export", model, out)
     stored = Stored.open(model)
     other = None if original is None else Original(Path(original))
     if original is not None:
-        check_apart("export", Path(original), out)
+        check_directories("export", Path(original), out)
     scales = _model_dtype(stored) if dtype is None else DTYPES[dtype]
     items, entries, specs = [], {}, {}
     for module in stored.modules:

@@ -21,7 +21,7 @@ from precal_ext.mixtures import is_expert
 from precal_ext.packed import WIDE_BITS, Loaded, PackedModel, PackedWeight, read_packed
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME, Entry, Report
-from precal_ext.rewrite import Item, Rewritten, check_apart, copied, rewrite, to_json
+from precal_ext.rewrite import Item, Rewritten, check_directories, copied, rewrite, to_json
 from precal_ext.select import LinearModules, SelectionError, find_linears, fusion_set_of
 from precal_ext.uniform import quantize_uniform, split_scales, uniform_qtensor
 
@@ -61,7 +61,7 @@ def import_checkpoint(
     """
     started = time.monotonic()
     model, out = Path(model), Path(out)
-    check_apart("import", model, out)
+    check_directories("import", model, out)
     packed = read_packed(model)
     found = _linears(packed)
     wide = _widened_sets(packed.weights) if widen else set()

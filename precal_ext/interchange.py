@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from precal_ext.console import EXIT_OK, TRIM_EVERY, ProgressDisplay, resolve_model, return_freed_memory, size_of
+from precal_ext.console import EXIT_OK, resolve_model, shown_progress, size_of, trimming
 
 MOST_SHOWN = 20  # weights; the report has all
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -51,26 +49,6 @@ def add_commands(command: Command) -> None:
         sub.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """Shows progress, and gives memory back to the system now and then."""
-    trim, display, trimmed = return_freed_memory(), None if quiet else ProgressDisplay(sys.stderr), 0
-
-    def show(p: Any) -> None:
-        nonlocal trimmed
-        if p.bytes_done - trimmed >= TRIM_EVERY:
-            trimmed = p.bytes_done
-            trim()
-        if display is not None:
-            display(p)
-
-    try:
-        yield show
-    finally:
-        if display is not None:
-            display.close()
-
-
 def _print(args: argparse.Namespace, report: Any, lines: list[str]) -> int:
     from precal_ext.survey import printable
 
@@ -101,7 +79,7 @@ def _import(args: argparse.Namespace) -> int:
     from precal_ext.checkpoint import MAX_SHARD_BYTES
     from precal_ext.importing import WIDENED, import_checkpoint, requantized
 
-    with _progress(args.quiet) as progress:
+    with shown_progress(args.quiet, trimming()) as progress:
         report = import_checkpoint(
             resolve_model(args.model),
             Path(args.out),
@@ -126,7 +104,7 @@ def _export(args: argparse.Namespace) -> int:
     from precal_ext.checkpoint import MAX_SHARD_BYTES
     from precal_ext.exporting import export_checkpoint
 
-    with _progress(args.quiet) as progress:
+    with shown_progress(args.quiet, trimming()) as progress:
         report = export_checkpoint(
             args.model,
             args.out,

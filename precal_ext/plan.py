@@ -31,7 +31,7 @@ from precal_ext.packed import METHODS
 from precal_ext.qtensor import WeightSpec
 from precal_ext.select import Decision, LinearModules, decide, find_linears, keep_sets_of
 from precal_ext.shards import fitting_groups, why_not
-from precal_ext.staging import fingerprint, read_journal
+from precal_ext.staging import check_apart, fingerprint, read_journal
 from precal_ext.weights import first_nonfinite, pieces
 
 EXPERTS_NOTE = "expert weight, not quantized yet"
@@ -172,11 +172,7 @@ def plan_quantization(
         raise CheckpointError(
             f"{model}: must be a model directory, got {'a file' if model.exists() else 'nothing there'}"
         )
-    resolved_out, resolved_model = out.resolve(), model.resolve()
-    if resolved_out == resolved_model or resolved_model in resolved_out.parents:
-        raise CheckpointError(f"{out}: must lie outside the model's directory, got a path inside {model}")
-    if resolved_out in resolved_model.parents:
-        raise CheckpointError(f"{out}: must not contain the model, got a parent of {model}")
+    check_apart(model, out)
     model_config = read_config(model)
     existing = model_config.get("quantization_config")
     if existing:

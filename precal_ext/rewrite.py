@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from precal_ext.checkpoint import CheckpointError, ShardWriter, TensorInfo, read
 from precal_ext.convert import Progress, digested, has_digest
 from precal_ext.digest import sha256
 from precal_ext.report import Entry
-from precal_ext.staging import Work, fingerprint
+from precal_ext.staging import Work, check_apart, fingerprint
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -63,16 +62,12 @@ class Rewritten:
     bytes_after: int
 
 
-def check_apart(name: str, source: Path, out: Path) -> None:
-    """Raises CheckpointError when one directory would lie in the other, or there is no directory to read."""
+def check_directories(name: str, source: Path, out: Path) -> None:
+    """Raises CheckpointError when there is no directory to read, or one of the two would lie in the other."""
     if not source.is_dir():
         got = "a file" if source.exists() else "nothing there"
         raise CheckpointError(f"{name}: must be given a model directory, got {got} at {source}")
-    there, here = out.resolve(), source.resolve()
-    if there == here or here in there.parents:
-        raise CheckpointError(f"{out}: must lie outside the model's directory, got a path inside {source}")
-    if there in here.parents:
-        raise CheckpointError(f"{out}: must not contain the model, got a parent of {source}")
+    check_apart(source, out)
 
 
 def rewrite(
@@ -108,7 +103,7 @@ def rewrite(
     outputs = {name: shape for item in items for name, shape in item.outputs.items()}
     writer = ShardWriter(work.new, outputs, max_shard_bytes, parameters)
     try:
-        _check_room(out, work, writer)
+        work.check_room(sum(writer.sizes.values()))
     except BaseException:
         work.keep()
         raise
@@ -131,13 +126,6 @@ def rewrite(
         work.keep()
         raise
     return result
-
-
-def _check_room(out: Path, work: Work, writer: ShardWriter) -> None:
-    there = sum(path.stat().st_blocks * 512 for path in work.new.iterdir())
-    free, needed = shutil.disk_usage(work.folder).free + there, sum(writer.sizes.values())
-    if needed > free:
-        raise CheckpointError(f"{out}: must have room for {needed:,} bytes, got {free:,}; make room or write elsewhere")
 
 
 def _run(

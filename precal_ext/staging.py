@@ -53,6 +53,15 @@ def folder_of(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+def check_apart(model: Path, out: Path) -> None:
+    """Raises CheckpointError when one of the directories would lie in the other."""
+    there, here = out.resolve(), model.resolve()
+    if there == here or here in there.parents:
+        raise CheckpointError(f"{out}: must lie outside the model's directory, got a path inside {model}")
+    if there in here.parents:
+        raise CheckpointError(f"{out}: must not contain the model, got a parent of {model}")
+
+
 def read_journal(out: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """The first line and the others, up to the first that is not whole; None when there is nothing to continue."""
     try:
@@ -87,7 +96,7 @@ class Work:
     """
 
     def __init__(self, out: Path, header: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.out = out.absolute()
+        self.out, self._given = out.absolute(), out
         self.folder = folder_of(out)
         self.new = self.folder / NEW
         self.records: list[dict[str, Any]] = []
@@ -104,6 +113,15 @@ class Work:
                 raise
         except OSError as error:
             raise CheckpointError(f"{out}: must be writable, got {error.strerror} for {error.filename}") from None
+
+    def check_room(self, needed: int) -> None:
+        """Raises CheckpointError when ``needed`` bytes, what is there counted, do not fit on the disk."""
+        there = sum(path.stat().st_blocks * 512 for path in self.new.iterdir())
+        free = shutil.disk_usage(self.folder).free + there
+        if needed > free:
+            raise CheckpointError(
+                f"{self._given}: must have room for {needed:,} bytes, got {free:,}; make room or write elsewhere"
+            )
 
     def _locked(self) -> int:
         path = self.folder / LOCK

@@ -65,12 +65,16 @@ def count(instructions: list[str], pattern: str) -> int:
     return sum(re.match(pattern, text) is not None for text in instructions)
 
 
-def test_few_tokens_use_tensor_cores_and_16_byte_loads(arch: str) -> None:
-    for name, code in kernels("linear_small", arch).items():
-        kind = re.fullmatch(r"linear_small_kernel<(\d), (\d), (\d), (\d+)>", name)
-        if kind is None:
-            continue
+def named(found: Kernels, pattern: str) -> list[tuple[str, re.Match[str], list[str]]]:
+    """Those whose names are like that; at least one."""
+    matches = [(name, re.fullmatch(pattern, name), code) for name, code in found.items()]
+    chosen = [(name, kind, code) for name, kind, code in matches if kind is not None]
+    assert chosen, f"no kernel is called {pattern}, got {', '.join(found)}"
+    return chosen
 
+
+def test_few_tokens_use_tensor_cores_and_16_byte_loads(arch: str) -> None:
+    for name, kind, code in named(kernels("linear_small", arch), r"linear_small_kernel<(\d), (\d), (\d), (\d+)>"):
         assert count(code, r"HMMA\.16816\.F32") == 16 * int(kind[3]), name
         assert count(code, r"LDG\.E(\.\w+)*\.128") >= int(kind[1]), name
         assert count(code, r"LDS") >= 64, name  # a lookup per pair of codes
@@ -79,10 +83,7 @@ def test_few_tokens_use_tensor_cores_and_16_byte_loads(arch: str) -> None:
 
 
 def test_many_tokens_use_asynchronous_copies_and_ldmatrix(arch: str) -> None:
-    for name, code in kernels("linear_large", arch).items():
-        kind = re.fullmatch(r"linear_large_kernel<(\d), (\d), (\d+)>", name)
-        if kind is None:
-            continue
+    for name, kind, code in named(kernels("linear_large", arch), r"linear_large_kernel<(\d), (\d), (\d+)>"):
         assert count(code, r"HMMA\.16816\.F32") == int(kind[3]) // 2, name
         assert count(code, r"LDSM\.16\.M88\.4") >= 16, name
         assert count(code, r"LDGSTS\.E\.BYPASS\.128") >= 2, name

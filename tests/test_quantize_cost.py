@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import Run, digests, environment, run_python, stored_tensors
 
-from precal_ext import cli, quantize_checkpoint
+from precal_ext import console, quantize_checkpoint
 from precal_ext.checkpoint import INDEX_NAME, ShardWriter
 from precal_ext.estimate import estimate
 from precal_ext.plan import BYTES_PER_ELEMENT, plan_quantization
@@ -102,8 +102,8 @@ def test_the_heap_is_looked_after_while_quantizing(
     run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(cli, "return_freed_memory", lambda: lambda: calls.append(1))
-    monkeypatch.setattr(cli, "TRIM_EVERY", 1)
+    monkeypatch.setattr(console, "return_freed_memory", lambda: lambda: calls.append(1))
+    monkeypatch.setattr(console, "TRIM_EVERY", 1)
     assert run("quantize", tiny, tmp_path / "out", "--quiet")[0] == 0
     assert len(calls) == 29
 
