@@ -23,6 +23,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +86,8 @@ def together(lead: Callable[[Leader | None], int], follow: Callable[[Follower], 
     except BaseException as error:
         _ignore_signals()
         return follower.failed(error)
+    finally:
+        follower.leave()
     return follower.code
 
 
@@ -254,8 +257,7 @@ class Leader:
         self._buffer = torch.empty(CHUNK, dtype=torch.uint8)
         self._letters: dict[int, queue.SimpleQueue[Message]] = {rank: queue.SimpleQueue() for rank in self._places}
         self._listeners = {rank: _start(self._listen, rank) for rank in self._places}
-        for rank in self._places:
-            _start(self._speak, rank)
+        self._speakers = [_start(self._speak, rank) for rank in self._places]
 
     def begin(self, plan: Mapping[str, Any], deliver: Deliver) -> None:
         """Send the others to work; ``deliver(message, payload)`` gets each of their results, ``writing`` held."""
@@ -298,6 +300,7 @@ class Leader:
         for rank, listener in self._listeners.items():
             if self._states[rank] != LOST:
                 listener.join(PATIENCE)
+        _join([*self._speakers, *self._listeners.values()])
 
     def _tell(self, message: Message) -> None:
         """Returns at once: a machine that hangs must not keep the others from hearing it."""
@@ -366,6 +369,14 @@ def _start(target: Callable[..., None], *arguments: object) -> threading.Thread:
     return thread
 
 
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Let threads end that have no more to do. One that returns from gloo while Python shuts down would abort the
+    process; one that waits for a machine that hangs does not return, and is not waited for."""
+    end = time.monotonic() + 1.0
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
 # ---- the others -----------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +392,7 @@ class Follower:
         self._halted = self._dismissed = self._lost = self._left = False
         self._sending = threading.Lock()
         self._listener = _start(self._listen)
-        _start(self._ping)
+        self._pinger = _start(self._ping)
         self.send({"is": "hello", "place": _place()})
 
     def plan(self) -> Message:
@@ -434,6 +445,10 @@ class Follower:
         if _first_to_say("rank 0 is gone"):
             raise _gone(self._leader)
         return 3
+
+    def leave(self) -> None:
+        """The last thing that is called."""
+        _join([self._listener, self._pinger])
 
     def _wait_for_the_end(self, seconds: float | None = None) -> None:
         with self._changed:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from models import Run, altered, digests, edit_config, environment
 
-from precal_ext import QuantizeConfig, cli, quantize_checkpoint, quantize_model
+from precal_ext import QuantizeConfig, console, quantize_checkpoint, quantize_model
 from precal_ext.convert import Progress
 
 transformers = pytest.importorskip("transformers")
@@ -99,7 +99,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
             return True
 
     stream = Terminal()
-    display = cli.ProgressDisplay(stream)
+    display = console.ProgressDisplay(stream)
     for i in (1, 2):
         display(Progress(f"t{i}", i, 2, i * 500_000, 1_000_000))
     display.close()

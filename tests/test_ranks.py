@@ -229,7 +229,7 @@ def test_two_hosts(
         os.kill(int(appears(tmp_path / "pid")), signal.SIGKILL)
     err = [process.communicate(timeout=120)[1] for process in processes]
     if killed:
-        assert [process.returncode for process in processes] == [3, -signal.SIGKILL]
+        assert [process.returncode for process in processes] == [3, -signal.SIGKILL], err
         assert re.match(r"precal: rank 1 \(host-b, pid \d+\) ended without a word", one_error(err[0]))
         assert run("quantize", tiny, out, *SHARD, "--quiet")[0] == 0
     else:
