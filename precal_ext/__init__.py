@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from precal_ext import waiting as _waiting  # noqa: F401  (before anything imports torch)
 from precal_ext._version import __version__
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.config import ModelFormat, QuantizeConfig

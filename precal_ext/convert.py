@@ -194,7 +194,6 @@ class _Quantizer:
             action, reason = what_is_copied(job)
             return Entry(job.info.name, action, reason, job.info.shape, _dtype(job.info)), None
         w, samples = given
-        check_finite(job.info, w, job.conv1d)
         settings, name = job.decision.settings(self._plan.config), job.decision.fusion_set
         if name not in self._grids:
             members = self._sets[name]
@@ -205,7 +204,11 @@ class _Quantizer:
                 self._grids[name] = fit_set_grid(samples, settings) if samples else None
             samples.clear()
         with _refused_by_name([job]):
-            q = quantize_weight(w, settings, self._grids[name])
+            try:
+                q = quantize_weight(w, settings, self._grids[name])
+            except ValueError:
+                check_finite(job.info, w, job.conv1d)  # says where in the file
+                raise
         return entry(job.decision, settings, w, q, _dtype(job.info)), q
 
 

@@ -186,7 +186,7 @@ def _figures(pairs: Iterable[tuple[Tensor, Tensor]], bits_per_weight: float) -> 
     """SQNR alone, of rows before and after, a few at a time: the KL of the report needs a weight of ours."""
     power = noise = 0.0
     for before, after in pairs:
-        power += sum_squares(before.double())
+        power += sum_squares(before)
         noise += sum_squares(before.double() - after.double())
     return Figures(sqnr_db(power, noise), math.nan, bits_per_weight, 0.0, power, noise)
 

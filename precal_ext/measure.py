@@ -49,22 +49,26 @@ def sqnr_db(power: float, noise: float) -> float:
 
 
 def sum_squares(x: Tensor) -> float:
-    """Sum of squares of a float64 matrix, the same for any number of threads: torch splits a sum to one number over
+    """Sum of squares of a matrix, in float64, the same for any number of threads: torch splits a sum to one number over
     threads, but not the sum of a row among several, nor one below its grain of 2**15 elements."""
-    parts = x.square().sum(1) if x.shape[0] > 1 else torch.stack([p.square().sum() for p in x.flatten().split(1 << 14)])
-    return math.fsum(parts.tolist())
+    if x.shape[0] > 1:
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    else:
+        norms = torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in x.flatten().split(1 << 14)])
+    return math.fsum(norms.square().tolist())
 
 
 def measure(w: Tensor, q: QTensor) -> Figures:
-    """Compare a weight [N, K] with its quantized form, a few rows at a time: nothing as large as the weight is made."""
+    """Compare a weight [N, K] with its quantized form, a few rows at a time: nothing as large as the weight is made.
+
+    W - W' is rounded to float32, which moves the SQNR by less than 1e-6 dB.
+    """
     power = noise = 0.0
     salient = 0
     for rows, part in row_parts(q):
-        original = w[rows].to(torch.float64, copy=True)
-        power += sum_squares(original)
-        noise += sum_squares(original.sub_(part.dequantize()))
-        mask = outlier_mask(part)
-        salient += 0 if mask is None else int(mask.sum())
+        power += sum_squares(w[rows])
+        noise += sum_squares(part.dequantize().sub_(w[rows]))
+        salient += int(_split_mask(part).sum()) if q.spec.split else len(outlier_places(part))
     share = salient / max(1, q.spec.N * q.spec.K)
     return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)
 
@@ -83,17 +87,40 @@ def outlier_mask(q: QTensor) -> Tensor | None:
     """bool [N, K] of the positions stored as outliers, or None when the format has none."""
     spec = q.spec
     if spec.split:
-        bits = q.tensors["weight_outlier_mask"][:, :, None] >> torch.arange(8, dtype=torch.uint8)
-        return (bits & 1).bool().reshape(spec.N, -1)[:, : spec.K]
+        return _split_mask(q)
     if not spec.c:
         return None
-    index = q.tensors["weight_outlier_index"].long()
-    starts = torch.tensor([begin for begin, _ in spec.blocks()])
-    used = (q.tensors["weight_outlier_value"] & 0x7F) != 0
     mask = torch.zeros(spec.N, spec.K, dtype=torch.bool)
-    rows = torch.arange(spec.N)[:, None, None].expand_as(index)
-    mask[rows[used], (index + starts[None, :, None])[used]] = True
+    mask.view(-1)[outlier_places(q)] = True
     return mask
+
+
+def _split_mask(q: QTensor) -> Tensor:
+    bits = q.tensors["weight_outlier_mask"][:, :, None] >> torch.arange(8, dtype=torch.uint8)
+    return (bits & 1).bool().reshape(q.spec.N, -1)[:, : q.spec.K]
+
+
+def outlier_places(q: QTensor) -> Tensor:
+    """int64 [count], n * K + k of every outlier that is stored with an index."""
+    spec = q.spec
+    if not spec.c:
+        return torch.empty(0, dtype=torch.int64)
+    starts = (
+        torch.tensor([begin for begin, _ in spec.blocks()])[:, None] + (torch.arange(spec.N) * spec.K)[:, None, None]
+    )
+    used = (q.tensors["weight_outlier_value"] & 0x7F) != 0
+    return (q.tensors["weight_outlier_index"] + starts)[used]
+
+
+def without_outliers(w: Tensor, q: QTensor) -> Tensor:
+    """The weight with NaN, which a histogram does not count, in place of outliers that have an index; itself if there
+    are none."""
+    places = outlier_places(q)
+    if not len(places):
+        return w
+    dense = w.clone(memory_format=torch.contiguous_format)
+    dense.view(-1)[places] = math.nan
+    return dense
 
 
 def level_range(uniform: bool, bits: int) -> float:
@@ -123,14 +150,16 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
     half = level_range(spec.uniform, spec.bits)
     counts = torch.zeros((spec.grid_size, bins) if spec.trellis else (bins,), dtype=torch.int64)
     for rows, part in row_parts(q):
-        mask = outlier_mask(part)
         label = part.level_index() if spec.trellis else None
-        parts: list[tuple[str, Tensor | None]] = [("weight_scale", mask)]
-        if spec.split and mask is not None:
-            parts.append(("weight_outlier_scale", ~mask))
-        for key, leave_out in parts:
+        if spec.split:
+            mask = _split_mask(part)
+            parts = [("weight_scale", w[rows].masked_fill(mask, math.nan))]
+            parts.append(("weight_outlier_scale", w[rows].masked_fill(~mask, math.nan)))
+        else:
+            parts = [("weight_scale", without_outliers(w[rows], part))]
+        for key, dense in parts:
             divisor = scale_amplitude(part.tensors[key], part.tensors["weight_row_scale"])
-            x = (w[rows] if leave_out is None else w[rows].masked_fill(leave_out, math.nan)).contiguous()
+            x = dense.contiguous()
             weight, labels = (divisor != 0).long(), len(counts) if spec.trellis else 1
             counts += ops.histogram(x, bins, -half, half, divisor, weight, spec.group_size, label, labels)[0]
     grid = q.tensors.get("weight_grid")

@@ -126,12 +126,15 @@ class QTensor:
         if not self.spec.trellis:
             return codes
         low = codes & 1
-        before, previous = torch.zeros_like(low), torch.zeros_like(low)
-        previous[:, 1:], before[:, 2:] = low[:, :-1], low[:, :-2]
-        for begin, _ in self.spec.blocks():
-            previous[:, begin : begin + 1] = 0
-            before[:, begin : begin + 2] = 0
-        return 2 * (codes ^ before) + previous
+        index = codes << 1
+        index[:, 1:] += low[:, :-1]
+        index[:, 2:] ^= low[:, :-2] << 1
+        # A block knows nothing of the one before.
+        first = torch.tensor([begin for begin, _ in self.spec.blocks()], dtype=torch.int64)
+        second = torch.tensor([begin + 1 for begin, end in self.spec.blocks() if end > begin + 1], dtype=torch.int64)
+        index[:, first] = codes[:, first] << 1
+        index[:, second] = (codes[:, second] << 1) + low[:, second - 1]
+        return index
 
     def prepack(self) -> Tensor:
         """The tile order of the tensors' device, uint8 (``ops.prepack``)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from precal_ext import ops
 from precal_ext.config import QuantizeConfig
 from precal_ext.grids import constant_grid
-from precal_ext.measure import MAX_BINS, level_range, outlier_mask, scale_amplitude
+from precal_ext.measure import MAX_BINS, level_range, scale_amplitude, without_outliers
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.salience import salient
 
@@ -96,8 +96,7 @@ def _pooled_counts(weights: Sequence[Tensor], grid: Tensor, config: QuantizeConf
     for (w, amplitude, q), square in zip(pieces, squares, strict=True):
         # At most 2**31 a group, so that 2**32 weights of one bin fit in int64.
         weight = (square / mean * _WEIGHT_ONE).round().clamp(max=2.0**31).long()
-        mask = outlier_mask(q)
-        dense = w if mask is None else w.masked_fill(mask, math.nan)  # NaN is counted outside
+        dense = without_outliers(w, q)
         label = q.level_index() if config.trellis else None
         counts += ops.histogram(dense, MAX_BINS, -half, half, amplitude, weight, q.spec.group_size, label, levels)[0]
     return counts

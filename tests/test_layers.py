@@ -32,6 +32,7 @@ FOREIGN = {
 # Lowest first: a module imports only modules before it in this list. `integrations` stands for all of its modules.
 ORDER = [
     "_version",
+    "waiting",
     "_C",
     "_C_cuda",
     "library",

@@ -37,8 +37,8 @@ def test_sqnr_by_numpy(config: QuantizeConfig, dtype: torch.dtype) -> None:
     a, b = w.double().numpy(), q.dequantize().double().numpy()
     figures = measure(w, q)
     assert figures.power == pytest.approx(np.sum(a**2), rel=1e-12)
-    assert figures.noise == pytest.approx(np.sum((a - b) ** 2), rel=1e-12)
-    assert figures.sqnr_db == pytest.approx(10 * math.log10(np.sum(a**2) / np.sum((a - b) ** 2)), rel=1e-12)
+    assert figures.noise == pytest.approx(np.sum((a - b) ** 2), rel=1e-9)  # W - W' is rounded to float32
+    assert figures.sqnr_db == pytest.approx(10 * math.log10(np.sum(a**2) / np.sum((a - b) ** 2)), rel=1e-9)
     assert figures.bits_per_weight == q.spec.bits_per_weight()
 
 
