@@ -237,7 +237,7 @@ class ModelFormat:
         config: settings shared by all modules.
         modules_to_not_convert: linear modules that were left as they are, by exact name.
             Experts that were left are one name together, that of the module they are in.
-        module_overrides: exact module name -> fields that differ.
+        module_overrides: exact module name -> fields that differ; the others are those of ``config`` as they are there.
         conv1d_modules: those whose dense weight is [K, N] in the model (transformers' ``Conv1D``); what is stored is
             [N, K], as of any linear layer.
     """
@@ -250,7 +250,11 @@ class ModelFormat:
     def for_module(self, name: str, prefix: str = "") -> QuantizeConfig:
         """Settings of a module; ``prefix`` as in ``converts``."""
         found = next((v for v in _names_of(name, prefix) if v in self._overrides), "")
-        return self.config._with(self._overrides.get(found, {}))
+        return self._overridden(self._overrides.get(found, {}))
+
+    def _overridden(self, fields: Mapping[str, Any]) -> QuantizeConfig:
+        # Unlike the overrides of QuantizeConfig, nothing here follows from anything: a file says all of it.
+        return dataclasses.replace(self.config, lm_head=None, overrides={}, **fields)
 
     def converts(self, name: str, prefix: str = "") -> bool:
         """Whether a linear module is quantized.
@@ -301,20 +305,32 @@ class ModelFormat:
         """Read a ``quantization_config``; it comes from a file and is not trusted.
 
         Raises:
-            ValueError: another method, a newer format, or a field that breaks its contract.
+            ValueError: another method, another version of the format, or a field that is absent or breaks its contract.
         """
-        method, version = data.get("quant_method"), data.get("format_version")
+        method: Any = data.get("quant_method")
+        version: Any = data.get("format_version")
         _check("quant_method", method, method == QUANT_METHOD, f"{QUANT_METHOD!r}")
-        contract = f"{_C.FORMAT_VERSION}; install a precal that knows this format"
-        _check("format_version", version, _is_int(version) and version == _C.FORMAT_VERSION, contract)
-        config = QuantizeConfig(**{k: data[k] for k in ("recipe", *MODULE_FIELDS) if k in data})
+        known = _is_int(version) and 1 <= version <= _C.FORMAT_VERSION
+        old = _is_int(version) and version < 1  # before the first release
+        remedy = "quantize the model again" if old else "install a precal that knows this format"
+        _check("format_version", version, known, f"{_C.FORMAT_VERSION}; {remedy}")
+        fields = {}
+        for key in ("recipe", *MODULE_FIELDS):
+            # None is what QuantizeConfig takes for "the default", which may change; the meaning of a file may not.
+            _check(key, data.get(key), data.get(key) is not None, "there in format version 1")
+            fields[key] = data[key]
+        config = QuantizeConfig(**fields)
         skipped, conv1d = (_names(data, key) for key in ("modules_to_not_convert", "conv1d_modules"))
         overrides = data.get("module_overrides") or {}
         _check("module_overrides", overrides, isinstance(overrides, Mapping), "a mapping from module name to fields")
         for name, fields in overrides.items():
             _check_fields("module_overrides", name, fields)
-            config._with(fields)
-        return cls(config, skipped, overrides, conv1d)
+            for key, value in fields.items():
+                _check(f"module_overrides[{name!r}]", {key: value}, value is not None, "fields with values")
+        fmt = cls(config, skipped, overrides, conv1d)
+        for fields in overrides.values():
+            fmt._overridden(fields)
+        return fmt
 
 
 def _names_of(name: str, prefix: str) -> list[str]:

@@ -118,7 +118,7 @@ def _distribution(stored: Stored, original: Original | None, row: Row) -> Distri
     w = None
     if original is not None:
         whole = stored.spec(row.module)
-        w = original.weight(row.module, whole)[chosen].contiguous()
+        w = original.weight(row.module, whole, stored.is_conv1d(row.module))[chosen].contiguous()
     return distribution(w, q)
 
 

@@ -17,8 +17,9 @@ from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import Progress, load_lines
 from precal_ext.headers import check_settings
 from precal_ext.measure import Figures, measure
-from precal_ext.mixtures import is_expert
+from precal_ext.mixtures import block_of, is_expert
 from precal_ext.packed import WIDE_BITS, Loaded, PackedModel, PackedWeight, read_packed
+from precal_ext.plan import check_complete
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import REPORT_NAME, Entry, Report
 from precal_ext.rewrite import Item, Rewritten, check_directories, copied, rewrite, to_json
@@ -71,6 +72,7 @@ def import_checkpoint(
     weights = packed.weights
     names = {w.module: found.model_names.get(w.module, w.module) for w in weights}
     kept = [found.model_names.get(n, n) for n in found.names if n not in names]
+    kept = [block_of(name) if is_expert(name) else name for name in kept]
     kept += sorted(found.absent - set(names.values()))
     turned = tuple(name for module, name in names.items() if module in found.conv1d)
     own = {names[m]: fields for m, fields in overrides.items()}
@@ -128,13 +130,19 @@ def _linears(packed: PackedModel) -> LinearModules:
         found = find_linears(packed.folder, packed.config, shapes, QuantizeConfig())
     except SelectionError:  # an architecture that nobody here knows
         found = LinearModules(tuple(here), frozenset(), frozenset(), frozenset(), {}, "the names of packed weights")
-    strange = [m for m in here if is_expert(m) or (found.source == "transformers" and m not in found.names)]
-    if strange:
-        info = next(w for w in packed.weights if w.module == strange[0]).tensors
-        kind = "an expert, which cannot be imported yet" if is_expert(strange[0]) else "none of them"
-        raise CheckpointError(
-            f"{next(iter(info.values())).file}: {strange[0]} must be a linear layer of the model, got {kind}"
-        )
+    if found.source == "transformers":
+        files = {w.module: next(iter(w.tensors.values())).file for w in packed.weights}
+        strange = next((m for m in here if m not in found.names), None)
+        if strange is not None:
+            kind = "an expert of a kind that cannot be loaded" if is_expert(strange) else "none of them"
+            raise CheckpointError(f"{files[strange]}: {strange} must be a linear layer of the model, got {kind}")
+        # In memory the experts of a layer are one module: all of them are packed, or none is.
+        blocks = {block_of(m): m for m in here if is_expert(m)}
+        part = next((n for n in found.names if n not in files and is_expert(n) and block_of(n) in blocks), None)
+        if part is not None:
+            other = blocks[block_of(part)]
+            raise CheckpointError(f"{files[other]}: {part} must be quantized as {other} is, got a dense weight")
+    check_complete(packed.folder, found)
     return found
 
 

@@ -183,18 +183,19 @@ def plan_quantization(
     foreign = quantized_by(index)
     if foreign is not None:
         raise CheckpointError(f"{model}: must not be quantized yet, got {foreign[1]}, a tensor of {foreign[0]}")
+    found: LinearModules | None = None
     if tensor_parallel > 1:
-        matrices = {n: i.shape for n, i in index.items() if len(i.shape) == 2 and 0 not in i.shape}
-        shapes = {n.removesuffix(".weight"): (N, K) for n, (N, K) in matrices.items() if n.endswith(".weight")}
-        config = fitting_groups(shapes, config, tensor_parallel)
+        found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
+        config = fitting_groups(_shapes(index, found.conv1d), config, tensor_parallel)
     plan = Plan(
         model, out, config, model_config, _NOTHING, (), (), max_shard_bytes, fingerprint(model, weight_files(model))
     )
     before = told or read_journal(out)[0]
     if before is not None and "linears" in before and (told or plan.recorded()):
         found = LinearModules.from_dict(before["linears"])  # asked once, when the run was begun
-    else:
+    elif found is None:
         found = find_linears(model, model_config, {n: i.shape for n, i in index.items()}, config)
+    check_complete(model, found)
     shared = found.shared if config.lm_head is not None else {}
     heads, tied = {*found.heads, *shared}, {*found.tied, *shared}
     decisions = decide([*found.names, *shared], config, heads, tied, _model_type(model_config), found.conv1d)
@@ -217,6 +218,14 @@ def plan_quantization(
             f"{model}: must have linear layers to quantize, found none by {found.source}; see --include"
         )
     return dataclasses.replace(plan, found=found, decisions=decisions, jobs=jobs, nonfinite=nonfinite)
+
+
+def check_complete(folder: Path, found: LinearModules) -> None:
+    """Refuse a model that lacks a linear weight: who loads what is made of it would refuse it, or make one up."""
+    for name in sorted(found.missing):
+        raise CheckpointError(
+            f"{folder}: {name}.weight must be there for the model of config.json, got nothing; download the model again"
+        )
 
 
 def plan_as_told(model: Path, told: Mapping[str, Any]) -> Plan:
@@ -260,6 +269,13 @@ def shares(jobs: Sequence[Job], count: int) -> list[list[Job]]:
         load[least] += sum(job.info.nbytes for job in unit)
         owner.update((job.info.name, least) for job in unit)
     return [[job for job in jobs if owner[job.info.name] == rank] for rank in range(count)]
+
+
+def _shapes(index: Mapping[str, TensorInfo], turned: Collection[str]) -> dict[str, tuple[int, int]]:
+    """N, K of every matrix by its module's name; ``turned``: those that are stored [K, N]."""
+    matrices = {n.removesuffix(".weight"): i.shape for n, i in index.items() if n.endswith(".weight")}
+    matrices = {m: shape for m, shape in matrices.items() if len(shape) == 2 and 0 not in shape}
+    return {m: (b, a) if m in turned else (a, b) for m, (a, b) in matrices.items()}
 
 
 _NOTHING = LinearModules((), frozenset(), frozenset(), frozenset(), {}, "")

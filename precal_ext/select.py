@@ -232,10 +232,7 @@ def model_format(
     for d in decisions:
         fields = _module_fields(d.settings(config))
         if d.quantized and fields != _module_fields(base):
-            changed = {k: v for k, v in fields.items() if v != getattr(base, k)}
-            if "bits" in changed:
-                changed["grid"] = fields["grid"]  # a reader derives the grid from the width unless told
-            overrides[names.get(d.module, d.module)] = changed
+            overrides[names.get(d.module, d.module)] = {k: v for k, v in fields.items() if v != getattr(base, k)}
     kept = [names.get(d.module, d.module) for d in decisions if not d.quantized]
     kept = [block_of(name) if is_expert(name) else name for name in kept]
     kept += sorted(set(absent) - {d.module for d in decisions if d.quantized})
@@ -259,6 +256,8 @@ class LinearModules:
         shared: output head that is absent -> the tensor of the checkpoint whose weight it uses.
         unbiased: those that have no bias in the model, where the model is known.
         conv1d: those whose weight is [K, N] in the checkpoint.
+        missing: those of ``absent`` that must have a weight there, and experts without theirs beside others; by name in
+            the model.
     """
 
     names: tuple[str, ...]
@@ -270,6 +269,7 @@ class LinearModules:
     shared: Mapping[str, str] = field(default_factory=dict)
     unbiased: frozenset[str] = frozenset()
     conv1d: frozenset[str] = frozenset()
+    missing: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``from_dict`` gives the same back."""
@@ -277,7 +277,8 @@ class LinearModules:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LinearModules:
-        sets = {key: frozenset(data.get(key, ())) for key in ("heads", "tied", "absent", "unbiased", "conv1d")}
+        kinds = ("heads", "tied", "absent", "unbiased", "conv1d", "missing")
+        sets = {key: frozenset(data.get(key, ())) for key in kinds}
         return cls(**{**data, **sets, "names": tuple(data["names"])})
 
 
@@ -361,9 +362,13 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
 
     names, heads, tied, absent, unbiased, conv1d = set(), set(), set(), set(), set(), set()
     model_names, shared = {}, {}
+    needed, prefixed = set(), any(name.startswith(answer["prefix"]) for name in matrices)
     for name, the_head, tied_to, biased, is_turned in answer["linears"]:
         stored = stored_as(name)
         if stored not in matrices:
+            # A base model by itself has no prefix, and no head.
+            if tied_to is None and name not in answer["optional"] and not (the_head and not prefixed):
+                needed.add(name)
             if not is_expert(name):
                 absent.add(name)
             if the_head and tied_to is not None and stored_as(tied_to) in matrices:
@@ -381,7 +386,10 @@ def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None
         if is_turned:
             conv1d.add(stored)
     sets = frozenset(heads), frozenset(tied), frozenset(absent)
-    known = {"unbiased": frozenset(unbiased), "conv1d": frozenset(conv1d)}
+    if answer["renamed"]:  # a name that is not there may be another one's: only where others of its kind are there
+        kinds = {_kind(model_names.get(name, name)) for name in names}
+        needed = {name for name in needed if _kind(name) in kinds}
+    known = {"unbiased": frozenset(unbiased), "conv1d": frozenset(conv1d), "missing": frozenset(needed)}
     return LinearModules(tuple(names), *sets, model_names, "transformers", shared, **known)
 
 
@@ -405,9 +413,31 @@ def _linears_of(folder: Path) -> dict[str, Any]:
         for name, m in model.named_modules()
         if is_linear(m) or is_conv1d(m)
     ]
-    for name, experts in find_experts(model).items():
-        linears += [(f"{name}.{e}.{leaf}", False, None, False, False) for e, leaf, _, _ in experts.parts()]
-    return {"prefix": model.base_model_prefix + ".", "linears": linears}
+    experts = find_experts(model)
+    for name, layout in experts.items():
+        linears += [(f"{name}.{e}.{leaf}", False, None, False, False) for e, leaf, _, _ in layout.parts()]
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    optional = [name for name, *_ in linears if any(p.search(f"{name}.weight") for p in ignored)]
+    return {
+        "prefix": model.base_model_prefix + ".",
+        "linears": linears,
+        "optional": optional,
+        "renamed": has_renames(model),
+    }
+
+
+def has_renames(model: Any) -> bool:
+    """Whether transformers renames or rebuilds tensors of this architecture when it loads them."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # version 4 renames nothing
+        return bool(getattr(model, "_checkpoint_conversion_mapping", None))
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _kind(name: str) -> str:
+    """A module's name without its numbers."""
+    return re.sub(r"\d+", "*", same_experts(name))
 
 
 def tied_parameters(model: Any) -> dict[str, str]:

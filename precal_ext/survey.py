@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from precal_ext.checkpoint import CheckpointError, TensorInfo, read_config, read_index, read_json, read_tensor
-from precal_ext.config import ModelFormat, QuantizeConfig
+from precal_ext.config import ModelFormat, QuantizeConfig, same_experts
 from precal_ext.measure import Figures, measure, sqnr_db
 from precal_ext.model import header_problems, read_format
 from precal_ext.qtensor import QTensor, WeightSpec
@@ -137,8 +137,13 @@ class Stored:
         names = self.format.conv1d_modules
         return any(n == module or n.endswith("." + module) or module.endswith("." + n) for n in names)
 
+    @cached_property
+    def _overridden(self) -> list[str]:
+        return [same_experts(name) for name in self.format.module_overrides]
+
     def _prefix(self, module: str) -> str:
-        for other in self.format.module_overrides:
+        module = same_experts(module)
+        for other in self._overridden:
             if other.endswith("." + module):
                 return other[: -len(module) - 1]
             if module.endswith("." + other):
@@ -331,7 +336,8 @@ def rows(stored: Stored, original: Original | None = None) -> list[Row]:
         nothing = Figures(math.nan, math.nan, spec.bits_per_weight(), math.nan, math.nan, math.nan)
         figures = stored.recorded.figures.get(module + ".weight", nothing) if stored.recorded else nothing
         if original is not None:
-            figures = measure(original.weight(module, spec), stored.read_valid(module))
+            w = original.weight(module, spec, stored.is_conv1d(module))
+            figures = measure(w, stored.read_valid(module))
         kind, layer = kind_and_layer(module)
         found.append(
             Row(

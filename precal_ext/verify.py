@@ -17,13 +17,13 @@ from torch import Tensor
 
 from precal_ext import _C
 from precal_ext.checkpoint import CheckpointError, TensorInfo, read_index, read_tensor
-from precal_ext.config import variants
+from precal_ext.config import same_experts, variants
 from precal_ext.digest import sha256
 from precal_ext.headers import impossible_settings
 from precal_ext.measure import measure
 from precal_ext.model import read_format
 from precal_ext.qtensor import QTensor, WeightSpec
-from precal_ext.select import tied_parameters
+from precal_ext.select import has_renames, tied_parameters
 from precal_ext.shards import is_row_parallel, why_not
 from precal_ext.sites import find_sites
 from precal_ext.survey import KEYS, Original, Recorded, Stored, quantized_modules, read_recorded, take_rows
@@ -174,8 +174,10 @@ def _check_shapes(result: Verification, stored: Stored) -> dict[str, WeightSpec]
         problems += found
         if not stored.format.converts(module):
             problems.append(f"{config}: modules_to_not_convert must not name {module}, got quantized tensors of it")
+    known = {same_experts(m) for m in stored.modules}
     for name in stored.format.module_overrides:
-        if not any(m == name or m.endswith("." + name) or name.endswith("." + m) for m in stored.modules):
+        n = same_experts(name)
+        if n not in known and not any(m.endswith("." + n) or n.endswith("." + m) for m in known):
             problems.append(f"{config}: module_overrides must name quantized modules, got {name}, which is not here")
     if stored.recorded is not None:
         problems += _against_report(stored, stored.recorded, specs)
@@ -323,11 +325,7 @@ def _empty_model(folder: Path) -> tuple[Any, bool]:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # version 4 renames nothing
-        return model, False
-    return model, bool(get_model_conversion_mapping(model, add_legacy=False))
+    return model, has_renames(model)
 
 
 def _against_model(stored: Stored, specs: Mapping[str, WeightSpec], model: Any) -> list[str]:

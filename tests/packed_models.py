@@ -134,16 +134,19 @@ def packed_model(
     change: Callable[[Codes], Codes] = lambda codes: codes,
     bits: int = 4,
     group_size: int = GROUP,
+    architecture: str = "Llama",
+    keep: Callable[[str], bool] = lambda module: False,
     **sizes: Any,
 ) -> tuple[Path, dict[str, Codes]]:
-    """A random Llama whose layers are packed, beside ``folder``/dense, the same model in float32; and its codes."""
-    source = save_tiny(folder / "dense", **{**SIZES, **sizes})
+    """A random model whose layers are packed, but for those to ``keep``, beside ``folder``/dense, the same model in
+    float32; and its codes."""
+    source = save_tiny(folder / "dense", architecture, **{**SIZES, **sizes})
     tensors = load_file(source / "model.safetensors")
     made: dict[str, Codes] = {}
     packed = {}
     for i, name in enumerate(sorted(tensors)):
         module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not module.endswith("_proj"):
+        if leaf != "weight" or not module.endswith(("_proj", ".w1", ".w2", ".w3")) or keep(module):
             packed[name] = tensors[name]
             continue
         w = tensors[name]

@@ -306,7 +306,7 @@ def test_read_only_arrays_are_accepted() -> None:
 
 def test_facts_of_the_format() -> None:
     assert (_C.OUTLIER_UNIT, _C.OUTLIER_BLOCK, _C.MAX_LEVEL, _C.MAX_CAPACITY) == (128.0, 256, 127, 16)
-    assert _C.build_info()["format_version"] == _C.FORMAT_VERSION == 0
+    assert _C.build_info()["format_version"] == _C.FORMAT_VERSION == 1
     assert [_C.words_per_row(K, bits) for K, bits in [(0, 4), (1, 3), (8, 4), (9, 4), (11, 3), (300, 8)]] == [
         0,
         1,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precal_ext import _C, ModelFormat, QuantizeConfig, WeightSpec
-from precal_ext.config import GRIDS, NORMALIZE, RECIPES, SCOPES
+from precal_ext.config import GRIDS, MODULE_FIELDS, NORMALIZE, RECIPES, SCOPES
 from precal_ext.select import decide, model_format
 
 MODULES = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
@@ -223,7 +223,7 @@ def test_model_format_round_trip() -> None:
     assert data["quant_method"] == "precal"
     assert data["format_version"] == _C.FORMAT_VERSION
     assert data["modules_to_not_convert"] == ["lm_head"]
-    assert data["module_overrides"] == {MODULES[0]: {"bits": 3, "grid": "fitted"}}
+    assert data["module_overrides"] == {MODULES[0]: {"bits": 3}}
     assert ModelFormat.from_dict(data) == fmt
     assert ModelFormat.from_dict(data).to_dict() == data
 
@@ -238,6 +238,9 @@ def test_model_format_round_trip() -> None:
             "format_version must be .*; install a precal that knows this format",
         ),
         ({"format_version": None}, "format_version must be"),
+        ({"format_version": 0}, "format_version must be 1; quantize the model again, got 0"),
+        ({"format_version": True}, "format_version must be"),
+        *(({key: None}, f"{key} must be there in format version 1") for key in ("recipe", *MODULE_FIELDS)),
         ({"format_version": "0"}, "format_version must be"),
         ({"format_version": False}, "format_version must be"),
         ({"recipe": "gptq"}, "recipe must be one of"),
@@ -252,6 +255,12 @@ def test_model_format_round_trip() -> None:
         ({"module_overrides": {"a": 3}}, r"module_overrides\['a'\] must be a mapping"),
         ({"module_overrides": {"a": {"alpha": 0.1}}}, r"module_overrides\['a'\] must be a field out of"),
         ({"module_overrides": {"a": {"bits": 1}}}, "bits must be an integer from 2 to 8"),
+        (
+            {"module_overrides": {"a": {"bits": 8}}},
+            "grid must be one of uniform for recipe precal at 8 bits, got 'fitted'",
+        ),
+        ({"module_overrides": {"a": {"grid": "uniform"}}}, "trellis must be false with a uniform grid"),
+        ({"module_overrides": {"a": {"grid": None}}}, r"module_overrides\['a'\] must be fields with values"),
     ],
 )
 def test_a_quantization_config_is_not_trusted(fields: dict[str, Any], message: str) -> None:

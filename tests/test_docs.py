@@ -33,7 +33,7 @@ def test_the_format_page_names_every_tensor() -> None:
     ]
     keys = {key for spec in specs for key in spec.tensors()}
     assert keys == set(re.findall(r"^\| `(weight_\w+)` \|", text, re.MULTILINE))
-    assert f"**Version {_C.FORMAT_VERSION}, not frozen.**" in text
+    assert f"**Version {_C.FORMAT_VERSION}, frozen.**" in text
     assert f"U = {_C.OUTLIER_UNIT:g}" in text
 
 
@@ -42,8 +42,9 @@ def test_the_example_of_the_format_page_is_read() -> None:
     found = re.search(r"```json\n\"quantization_config\": (\{.*?\n\})\n```", text, re.DOTALL)
     assert found is not None
     fmt = ModelFormat.from_dict(json.loads(found[1]))
-    assert fmt.for_module("model.layers.0.mlp.down_proj").bits == 6
-    assert not fmt.converts("lm_head")
+    down, head = fmt.for_module("model.layers.0.mlp.down_proj"), fmt.for_module("lm_head")
+    assert (down.bits, down.grid, down.trellis, head.bits, head.uniform) == (6, "fitted", True, 8, True)
+    assert not fmt.converts("model.layers.0.self_attn.o_proj")
 
 
 def test_the_readme_shows_commands_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

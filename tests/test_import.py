@@ -506,17 +506,58 @@ def test_codes_of_which_nobody_knows_how_they_are_packed(tmp_path: Path) -> None
         import_checkpoint(model, tmp_path / "out")
 
 
-def test_experts_are_refused(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", "Mixtral", hidden_size=32, intermediate_size=64)
-    name = "model.layers.0.block_sparse_moe.experts.0.w1"
+MIXTURES: dict[str, dict[str, Any]] = {"Mixtral": {}, "Qwen3Moe": {"moe_intermediate_size": 32}}
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize(("settings", "pack"), [(GPTQ, gptq), (ct_settings(), compressed_tensors)])
+def test_experts_are_kept_too(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], pack: Callable[[Codes], dict[str, Tensor]]
+) -> None:
+    import transformers
+
+    model, codes = packed_model(tmp_path, settings, pack, architecture=architecture, **MIXTURES[architecture])
+    assert sum(".experts." in module for module in codes) >= 18
+    import_checkpoint(model, tmp_path / "out")
+    assert_exact(tmp_path / "out", codes)
+    ours = load_quantized(tmp_path / "out")
+    assert set_activations(ours, "f32") == len(codes)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(model.parent / "dense").eval()
+    assert float((logits(ours) - logits(dense)).abs().max()) < 1e-4 * float(logits(dense).abs().max())
+
+
+def test_layers_whose_experts_are_dense_stay_so(tmp_path: Path) -> None:
+    model, codes = packed_model(
+        tmp_path, GPTQ, gptq, architecture="Mixtral", keep=lambda module: "layers.1." in module and "experts" in module
+    )
+    import_checkpoint(model, tmp_path / "out")
+    assert_exact(tmp_path / "out", codes)
+    kept = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert [name for name in kept if "experts" in name] == ["model.layers.1.mlp.experts"]
+    assert set_activations(load_quantized(tmp_path / "out"), "f32") == len(codes)
+
+
+def test_experts_of_which_some_are_dense_are_refused(tmp_path: Path) -> None:
+    model, _ = packed_model(
+        tmp_path, GPTQ, gptq, architecture="Mixtral", keep=lambda m: "layers.1." in m and m.endswith("2.w2")
+    )
+    message = r"layers.1.*experts.2.w2 must be quantized as .*experts.*w. is, got a dense weight"
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(model, tmp_path / "out")
+
+
+def test_experts_that_cannot_be_loaded_are_refused(tmp_path: Path) -> None:
+    """A Llama has none."""
+    model, _ = packed_model(tmp_path, GPTQ, gptq)
+    name = "model.layers.0.mlp.experts.0.w1"
 
     def change(tensors: dict[str, Tensor]) -> None:
-        tensors.pop(f"{name}.weight", None)
         tensors.update({f"{name}.{k}": v for k, v in gptq(random_codes(torch.empty(64, 32), 4, 0)).items()})
 
-    packed = altered(model, tmp_path / "packed", change)
-    edit_config(packed, quantization_config=GPTQ)
-    with pytest.raises(CheckpointError, match=r"experts.0.w1 must be a linear layer .* an expert, which cannot be"):
+    packed = altered(model, tmp_path / "other", change)
+    with pytest.raises(
+        CheckpointError, match=r"experts.0.w1 must be a linear layer .* an expert of a kind that cannot"
+    ):
         import_checkpoint(packed, tmp_path / "out")
 
 

@@ -138,7 +138,7 @@ def test_other_settings_of_the_head_are_overrides(dense: Any, tmp_path: Path) ->
     config = QuantizeConfig(bits=3, lm_head=4, overrides={"lm_head": {"group_size": 16, "c": 0}})
     quantize_checkpoint(dense("Llama", True), tmp_path / "out", config)
     found = config_of(tmp_path / "out")["quantization_config"]["module_overrides"]
-    assert found == {"lm_head": {"bits": 4, "group_size": 16, "c": 0, "grid": "fitted"}}
+    assert found == {"lm_head": {"bits": 4, "group_size": 16, "c": 0}}
     assert torch.isfinite(logits(load_quantized(tmp_path / "out"))).all()
 
 
@@ -169,9 +169,7 @@ def test_without_transformers_the_embedding_is_found_by_name(
 @pytest.mark.parametrize("recipe", ["paper", "rtn"])
 def test_the_baselines_have_heads_of_theirs(dense: Any, tmp_path: Path, recipe: str) -> None:
     quantize_checkpoint(dense("Llama", True), tmp_path / "out", QuantizeConfig(recipe=recipe, lm_head=8))
-    assert config_of(tmp_path / "out")["quantization_config"]["module_overrides"] == {
-        "lm_head": {"bits": 8, "grid": "uniform"}
-    }
+    assert config_of(tmp_path / "out")["quantization_config"]["module_overrides"] == {"lm_head": {"bits": 8}}
     assert verify(tmp_path / "out", dense("Llama", True)).sound
     assert torch.isfinite(logits(load_quantized(tmp_path / "out"))).all()
 
@@ -188,6 +186,8 @@ def test_a_base_model_without_prefix_or_head(tmp_path: Path, monkeypatch: pytest
     quantize_model(expected, QuantizeConfig(lm_head=8))
     assert torch.equal(logits(load_quantized(tmp_path / "out")), logits(expected))
     tiny_model().model.save_pretrained(tmp_path / "untied")
+    quantize_checkpoint(tmp_path / "untied", tmp_path / "base")  # for who wants no head
+    assert transformers.AutoModel.from_pretrained(tmp_path / "base").layers[0].mlp.up_proj.is_prepacked
     for installed in (True, False):
         if not installed:
             edit_config(tmp_path / "untied", architectures=["LlamaForCausalLM"])

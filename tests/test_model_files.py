@@ -34,7 +34,7 @@ def test_config_json_keeps_every_field_and_gains_one(tiny_quantized: Path, tiny:
     assert settings.pop("precal_version")
     assert settings == {
         "quant_method": "precal",
-        "format_version": 0,
+        "format_version": 1,
         "recipe": "precal",
         "bits": 4,
         "group_size": 64,
@@ -194,7 +194,8 @@ def test_a_dense_directory_is_refused(tiny: Path, load: Callable) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("format_version", 1, "format_version must be 0; install a precal that knows this format, got 1"),
+        ("format_version", 2, "format_version must be 1; install a precal that knows this format, got 2"),
+        ("format_version", 0, "format_version must be 1; quantize the model again, got 0"),
         ("quant_method", "awq", "quant_method must be 'precal', got 'awq'"),
         ("bits", 5.5, "bits must be an integer from 2 to 8, got 5.5"),
     ],

@@ -105,8 +105,7 @@ def test_the_format_names_what_differs_by_the_models_names() -> None:
     fmt = model_format(
         decide(["h.0.down", "h.0.up", "head"], config), config, absent={"lm_head"}, names={"h.0.down": "model.h.0.down"}
     )
-    # with the width goes the grid: a reader would derive another default from the width
-    assert fmt.module_overrides == {"model.h.0.down": {"bits": 3, "grid": "fitted"}}
+    assert fmt.module_overrides == {"model.h.0.down": {"bits": 3}}
     assert fmt.modules_to_not_convert == ("head", "lm_head")
     assert fmt.config.overrides == {}
 

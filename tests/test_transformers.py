@@ -177,7 +177,7 @@ def test_settings_that_cannot_be(tiny: Path, config: dict[str, Any], message: st
 def test_a_checkpoint_without_a_version_is_refused(tiny_quantized: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_quantized, tmp_path / "other")
     edit_config(folder, quantization_config={"quant_method": "precal", "bits": 4})
-    with pytest.raises(ValueError, match="format_version must be 0; install a precal that knows this format, got None"):
+    with pytest.raises(ValueError, match="format_version must be 1; install a precal that knows this format, got None"):
         AutoModel.from_pretrained(folder)
 
 

@@ -357,7 +357,7 @@ def test_the_configuration_of_a_checkpoint() -> None:
     config = PrecalConfig.from_config(data)
     assert config.get_name() == "precal" and config.format.config.bits == 3
     assert config.get_supported_act_dtypes() == [torch.bfloat16, torch.float16, torch.float32]
-    with pytest.raises(ValueError, match="format_version must be 0"):
+    with pytest.raises(ValueError, match="format_version must be 1"):
         PrecalConfig.from_config({**data, "format_version": 99})
 
 

@@ -23,7 +23,7 @@ using format::WeightFormat;
 PrepackedHeader make_header(const WeightFormat& f) {
   PrepackedHeader h{};
   h.magic = format::kPrepackedMagic;
-  h.format_version = format::kFormatVersion;
+  h.version = format::kPrepackedVersion;
   h.bits = uint8_t(f.bits);
   h.flags = format::prepacked_flags(f);
   h.N = f.N;

@@ -83,7 +83,7 @@ PRECAL_INLINE CudaLayout cuda_layout(const WeightFormat& f) {
 PRECAL_INLINE PrepackedHeader cuda_header(const WeightFormat& f) {
   PrepackedHeader h = {};
   h.magic = kCudaMagic;
-  h.format_version = kFormatVersion;
+  h.version = kPrepackedVersion;
   h.bits = uint8_t(f.bits);
   h.flags = prepacked_flags(f);
   h.N = f.N;

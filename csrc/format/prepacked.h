@@ -25,10 +25,13 @@ namespace precal::format {
 
 constexpr int64_t kTileRows = 16;
 constexpr uint32_t kPrepackedMagic = 0x304C4350u;  // "PCL0"
+// Of this order and the GPU's, which may change while files stay as they are: a change of either raises it, because
+// exported programs hold such buffers.
+constexpr uint16_t kPrepackedVersion = 1;
 
 struct PrepackedHeader {
   uint32_t magic;
-  uint16_t format_version;
+  uint16_t version;
   uint8_t bits;
   uint8_t flags;  // bit 0 split, bit 1 float16 scales
   int64_t N, K, group_size;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a quantized weight is (format version 0, not frozen):
+// What a quantized weight is (format version 1, frozen: docs/format.md):
 //
 //   W'[n, k] = row_scale[n] * ( scale[n, k / group_size] * level(u[n, k]) + U * outlier(n, k) )
 //
@@ -28,7 +28,7 @@
 
 namespace precal::format {
 
-constexpr int kFormatVersion = 0;
+constexpr int kFormatVersion = 1;       // of files
 constexpr float kOutlierUnit = 128.0f;  // U
 constexpr int kMaxLevel = 127;          // levels lie in [-127, 127]
 constexpr int kMaxCapacity = 16;        // c, outliers per block
