@@ -12,16 +12,15 @@ from precal_ext.qtensor import QTensor
 _BLOCKS_AT_ONCE = 1 << 12  # of a trellis: some 40 MB
 
 
-def requantize(q: QTensor, target: Tensor, weight: Tensor | None = None) -> QTensor:
-    """The codes that minimise sum of weight * (target - W')^2; only ``weight_packed`` is new.
+def requantize(q: QTensor, target: Tensor) -> QTensor:
+    """The codes with the least squared error from a target; only ``weight_packed`` is new.
 
-    With a trellis that is a Viterbi search over each block of columns, else each code by itself. Codes of a block (of a
-    weight without a trellis) change only where that makes the sum less, so the target W' changes nothing. Every row is
+    With a trellis that is a Viterbi search over each block of columns, else each code by itself. Codes of a block (a code,
+    without a trellis) change only where that makes the error less, so the target W' changes nothing. Every row is
     for itself: the result does not depend on the number of threads.
 
     Args:
         target: [N, K] float32, finite.
-        weight: float32 >= 0 that broadcasts to [N, K]; None: 1.
     """
     N, K = q.spec.N, q.spec.K
     if tuple(target.shape) != (N, K) or target.dtype != torch.float32:
@@ -34,8 +33,7 @@ def requantize(q: QTensor, target: Tensor, weight: Tensor | None = None) -> QTen
     wanted = target if added is None else target - added
     codes = ops.unpack(q.tensors["weight_packed"], q.spec.bits, K)
     if q.spec.trellis:
-        importance = None if weight is None else weight.expand(N, K)
-        codes = _searched(q, codes, wanted, step, importance)
+        codes = _searched(q, codes, wanted, step)
     else:
         codes = _nearest(q, codes, wanted, step)
     return QTensor(q.spec, {**q.tensors, "weight_packed": ops.pack(codes, q.spec.bits)})
@@ -88,7 +86,7 @@ def _nearest(q: QTensor, codes: Tensor, wanted: Tensor, step: Tensor) -> Tensor:
 # ---- trellis ---------------------------------------------------------------------------------------------------------
 
 
-def _searched(q: QTensor, codes: Tensor, wanted: Tensor, step: Tensor, importance: Tensor | None) -> Tensor:
+def _searched(q: QTensor, codes: Tensor, wanted: Tensor, step: Tensor) -> Tensor:
     """A block of every row is a row of its own here, padded with columns that cost nothing."""
     levels, found = _levels(q), codes.clone()
     index = q.level_index()
@@ -108,7 +106,6 @@ def _searched(q: QTensor, codes: Tensor, wanted: Tensor, step: Tensor, importanc
 
         x, a = cut(wanted), cut(step)
         counts = inside.to(x.dtype).expand(len(rows), -1, -1).flatten(0, 1)
-        counts = counts if importance is None else counts * cut(importance)
         new, new_index = _viterbi(x, a, counts, levels)
         error = [((x - a * levels[i.long()]).square_() * counts).sum(1) for i in (cut(index), new_index)]
         kept = torch.where((error[1] < error[0])[:, None], new, cut(codes)).view(len(rows), len(blocks), width)

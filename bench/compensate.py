@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""What discarded-weight recycling gains: loss before and after, by space, recipe and width. One JSON line per search.
+
+    python bench/compensate.py [--only REGEX] [--missing] [--limit 40] [--out bench/results/compensate.jsonl]
+
+Models and texts of ../shared; about half an hour of one core, `--missing` goes on after a stop. A search sees windows of
+the `*_calib` text of the model's first domain; the loss is measured on the `*_eval` text of that domain and on one of
+another domain, neither of which it sees. KLD is the mean KL divergence from the full-precision model, nats per token.
+`bench/report.py` makes the tables of docs/compensation.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from recipes import ROOT, SHARED, commit, facts
+from rows import Results, Row, add_arguments
+
+from precal_ext.compensate import CompensateConfig, compensate_model
+from precal_ext.config import QuantizeConfig
+from precal_ext.evaluate import Evaluation, evaluate, load, read_windows
+from precal_ext.inplace import quantize_model
+
+# Model: the text that is searched on, that of its domain and of another one to measure on.
+TEXTS = {
+    "llama-6m": ("books_calib.txt", "books_eval.txt", "python_eval.txt"),
+    "TinyStories-656K": ("stories_calib.jsonl", "stories_eval.jsonl", "books_eval.txt"),
+}
+SPACES = ("gradient", "svd", "random", "afm")
+
+
+def cases() -> Iterator[Row]:
+    """What matters most first."""
+
+    def case(model: str, bits: int, recipe: str, space: str, criterion: str = "kld", samples: int = 16) -> Row:
+        name = f"{recipe}, {bits} bits, {space}, {criterion}, {samples} windows"
+        fields = {"bits": bits, "recipe": recipe, "space": space, "criterion": criterion, "samples": samples}
+        return {"model": model, "format": name, "source": "precal", **fields}
+
+    for space in SPACES:
+        for model in TEXTS:
+            yield case(model, 3, "precal", space)
+            yield case(model, 3, "paper", space)
+    for space in ("gradient", "svd"):
+        for model in TEXTS:
+            yield case(model, 4, "precal", space)
+            yield case(model, 4, "paper", space)
+    for space in ("gradient", "svd"):
+        for model in TEXTS:
+            yield case(model, 3, "precal", space, "perplexity")
+    for samples in (4, 64):
+        for model in TEXTS:
+            yield case(model, 3, "precal", "gradient", "kld", samples)
+
+
+def figures(prefix: str, found: Evaluation) -> Row:
+    return {f"{prefix}_{key}": getattr(found, key) for key in ("kld_nats", "kld_stderr", "delta_nll_nats", "tokens")}
+
+
+def search(case: Row, limit: int) -> Row:
+    """One row; in a process of its own, so that its memory can be told."""
+    start = _peak_mb()
+    texts = [SHARED / "data" / name for name in TEXTS[case["model"]]]
+    reference, tokenizer = load(SHARED / "models" / case["model"], torch.float32)
+    model = copy.deepcopy(reference)
+    report = quantize_model(model, QuantizeConfig(bits=case["bits"], recipe=case["recipe"]))
+    seen, *others = (read_windows(tokenizer, text, 256, None if i == 0 else limit) for i, text in enumerate(texts))
+    row: Row = {"bits_per_weight": report.bits_per_weight, "texts": [text.name for text in texts]}
+    for when in ("before", "after"):
+        for kind, windows in zip(("same", "other"), others, strict=True):
+            row.update(figures(f"{kind}_{when}", evaluate(model, windows, reference)))
+        if when == "before":
+            config = CompensateConfig(space=case["space"], criterion=case["criterion"], samples=case["samples"])
+            cpu = time.thread_time()
+            result = compensate_model(model, reference, seen, config)
+            row["cpu_seconds"] = time.thread_time() - cpu
+    row.update({key: value for key, value in result.to_dict().items() if key not in ("config", "blocks")})
+    row["codes"] = sum(change.codes for change in result.changes)
+    row["changes"] = [[c.block, c.round, c.k, c.gain] for c in result.changes]
+    row["peak_mb"], row["start_mb"] = _peak_mb(), start
+    return row
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=40, help="windows of 256 tokens to measure on, per text")
+    add_arguments(parser, ROOT / "bench" / "results" / "compensate.jsonl")
+    args = parser.parse_args()
+    if not SHARED.is_dir():
+        parser.error("../shared is absent")
+    results = Results(args, ("model", "format"))
+    made_by: dict[str, Any] = {**facts("bench/compensate.py"), "commit": commit(), "threads": torch.get_num_threads()}
+    for case in cases():
+        if not results.wants(case):
+            continue
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = {**case, **pool.apply(search, (case, args.limit)), **made_by}
+        results.put(row)
+        change = [row[f"{kind}_after_kld_nats"] / row[f"{kind}_before_kld_nats"] - 1 for kind in ("same", "other")]
+        print(
+            f"{case['model']:18}{case['format']:48}{change[0]:+8.1%}{change[1]:+8.1%}{row['cpu_seconds']:8.0f} s",
+            flush=True,
+        )
+    results.drop_gone()
+
+
+if __name__ == "__main__":
+    main()
