@@ -3,9 +3,9 @@
 
     python bench/compensate.py [--only REGEX] [--missing] [--limit 40] [--out bench/results/compensate.jsonl]
 
-Models and texts of ../shared; about half an hour of one core, `--missing` goes on after a stop. A search sees windows of
-the `*_calib` text of the model's first domain; the loss is measured on the `*_eval` text of that domain and on one of
-another domain, neither of which it sees. KLD is the mean KL divergence from the full-precision model, nats per token.
+Models and texts of ../shared; about half an hour of one core, `--missing` goes on after a stop. A search sees windows
+of the `*_calib` text of the model's first domain; the loss is measured on the `*_eval` text of that domain and on one
+of another domain, neither of which it sees. KLD is the mean KL divergence from the full-precision model, nats per token.
 `bench/report.py` makes the tables of docs/compensation.md from it.
 """
 

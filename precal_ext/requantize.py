@@ -15,9 +15,9 @@ _BLOCKS_AT_ONCE = 1 << 12  # of a trellis: some 40 MB
 def requantize(q: QTensor, target: Tensor) -> QTensor:
     """The codes with the least squared error from a target; only ``weight_packed`` is new.
 
-    With a trellis that is a Viterbi search over each block of columns, else each code by itself. Codes of a block (a code,
-    without a trellis) change only where that makes the error less, so the target W' changes nothing. Every row is
-    for itself: the result does not depend on the number of threads.
+    With a trellis that is a Viterbi search over each block of columns, else each code by itself. What has no less error
+    than before keeps its codes, so the target W' changes nothing. Every row is for itself: the result does not depend
+    on the number of threads.
 
     Args:
         target: [N, K] float32, finite.
@@ -32,10 +32,7 @@ def requantize(q: QTensor, target: Tensor) -> QTensor:
     step, added = steps_and_outliers(q)
     wanted = target if added is None else target - added
     codes = ops.unpack(q.tensors["weight_packed"], q.spec.bits, K)
-    if q.spec.trellis:
-        codes = _searched(q, codes, wanted, step)
-    else:
-        codes = _nearest(q, codes, wanted, step)
+    codes = _searched(q, codes, wanted, step) if q.spec.trellis else _nearest(q, codes, wanted, step)
     return QTensor(q.spec, {**q.tensors, "weight_packed": ops.pack(codes, q.spec.bits)})
 
 
