@@ -3,10 +3,10 @@
 
     python bench/compensate.py [--only REGEX] [--missing] [--limit 40] [--out bench/results/compensate.jsonl]
 
-Models and texts of ../shared; about half an hour of one core, `--missing` goes on after a stop. A search sees windows
+Models and texts of ../shared; about an hour of one core, `--missing` goes on after a stop. A search sees windows
 of the `*_calib` text of the model's first domain; the loss is measured on the `*_eval` text of that domain and on one
-of another domain, neither of which it sees. KLD is the mean KL divergence from the full-precision model, nats per token.
-`bench/report.py` makes the tables of docs/compensation.md from it.
+of another domain, neither of which it sees. KLD is the mean KL divergence from the full-precision model, in nats per
+token. `bench/report.py` makes the tables of docs/compensation.md from it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from quality import Remembered
 from recipes import ROOT, SHARED, commit, facts
 from rows import Results, Row, add_arguments
 
@@ -33,7 +34,6 @@ TEXTS = {
     "llama-6m": ("books_calib.txt", "books_eval.txt", "python_eval.txt"),
     "TinyStories-656K": ("stories_calib.jsonl", "stories_eval.jsonl", "books_eval.txt"),
 }
-SPACES = ("gradient", "svd", "random", "afm")
 
 
 def cases() -> Iterator[Row]:
@@ -44,20 +44,30 @@ def cases() -> Iterator[Row]:
         fields = {"bits": bits, "recipe": recipe, "space": space, "criterion": criterion, "samples": samples}
         return {"model": model, "format": name, "source": "precal", **fields}
 
-    for space in SPACES:
-        for model in TEXTS:
-            yield case(model, 3, "precal", space)
-            yield case(model, 3, "paper", space)
-    for space in ("gradient", "svd"):
-        for model in TEXTS:
-            yield case(model, 4, "precal", space)
-            yield case(model, 4, "paper", space)
-    for space in ("gradient", "svd"):
-        for model in TEXTS:
-            yield case(model, 3, "precal", space, "perplexity")
+    small, large = "TinyStories-656K", "llama-6m"
+    yield case(large, 3, "precal", "gradient")
+    yield case(large, 3, "paper", "gradient")
+    for bits in (3, 4):
+        for space in ("gradient", "svd"):
+            yield case(small, bits, "precal", space)
+            yield case(small, bits, "paper", space)
+    for space in ("random", "afm"):
+        yield case(small, 3, "precal", space)
+    for recipe in ("precal", "paper"):
+        yield case(large, 4, recipe, "gradient")
+    yield case(large, 3, "precal", "svd")
+    yield case(small, 3, "precal", "gradient", "perplexity")
     for samples in (4, 64):
-        for model in TEXTS:
-            yield case(model, 3, "precal", "gradient", "kld", samples)
+        yield case(small, 3, "precal", "gradient", "kld", samples)
+    yield case(large, 3, "paper", "svd")
+    yield case(small, 3, "precal", "svd", "perplexity")
+    for model, samples in ((large, 4), (large, 64)):
+        yield case(model, 3, "precal", "gradient", "kld", samples)
+    yield case(large, 3, "precal", "gradient", "perplexity")
+    for space in ("random", "afm"):
+        yield case(large, 3, "precal", space)
+    for recipe in ("precal", "paper"):
+        yield case(large, 4, recipe, "svd")
 
 
 def figures(prefix: str, found: Evaluation) -> Row:
@@ -73,9 +83,10 @@ def search(case: Row, limit: int) -> Row:
     report = quantize_model(model, QuantizeConfig(bits=case["bits"], recipe=case["recipe"]))
     seen, *others = (read_windows(tokenizer, text, 256, None if i == 0 else limit) for i, text in enumerate(texts))
     row: Row = {"bits_per_weight": report.bits_per_weight, "texts": [text.name for text in texts]}
+    remembered = Remembered(reference)
     for when in ("before", "after"):
         for kind, windows in zip(("same", "other"), others, strict=True):
-            row.update(figures(f"{kind}_{when}", evaluate(model, windows, reference)))
+            row.update(figures(f"{kind}_{when}", evaluate(model, windows, remembered)))
         if when == "before":
             config = CompensateConfig(space=case["space"], criterion=case["criterion"], samples=case["samples"])
             cpu = time.thread_time()

@@ -179,7 +179,7 @@ def choose_windows(windows: Sequence[list[int]], config: CompensateConfig) -> tu
     """
     assert config.held_out is not None
     wanted = config.samples + config.held_out
-    if len(windows) < max(2, min(wanted, 1 + bool(config.held_out))):
+    if len(windows) < 1 + bool(config.held_out):
         raise ValueError(f"compensate: text must have at least 2 windows of {config.window} tokens, got {len(windows)}")
     if len(windows) > wanted:
         windows = [windows[i * len(windows) // wanted] for i in range(wanted)]
@@ -220,27 +220,22 @@ class Work:
 def _bases(config: CompensateConfig, text: Text, work: Work) -> dict[str, tuple[Tensor, Tensor]]:
     """Module -> U [N, r] with orthonormal columns, the first of which matter most, and U' D."""
     found = {}
-    moments = {}
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
     if config.space == "afm":
         with text.trying(work.block, work.dense):
             moments = text.moments(work.now, work.block)
     for name, w in work.original.items():
         d = w - work.dense[name]
-        rank = min(d.shape)
         if config.space == "svd":
             u, s, v = torch.linalg.svd(d, full_matrices=False)
             found[name] = u, s[:, None] * v
-            continue
-        if config.space == "random":
+        elif config.space == "random":
             random = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ config.seed)
             u = torch.linalg.qr(torch.randn(d.shape[0], d.shape[0], generator=random))[0]
-        elif name not in moments:  # an expert that no token took
-            continue
-        else:
-            _, covariance = moments[name]
-            u = torch.linalg.eigh(d @ covariance @ d.t())[1].flip(1)
-        u = u if config.space == "random" else u[:, : max(1, rank)]
-        found[name] = u, u.t() @ d
+            found[name] = u, u.t() @ d
+        elif name in moments:  # else an expert that no token took
+            u = torch.linalg.eigh(d @ moments[name][1] @ d.t())[1].flip(1)[:, : min(d.shape)]
+            found[name] = u, u.t() @ d
     return found
 
 
@@ -377,7 +372,8 @@ class Search:
         propose = _steps if self.config.space == "gradient" else _low_rank
         # Measured again, in dense weights as the candidates are: the kernels of the others round otherwise.
         now, held = (self._loss(text, work.block, work.now) for text in (self._text, self._held))
-        assert now is not None
+        if now is None or not math.isfinite(now):
+            raise ValueError(f"compensate: the model's loss on the text must be finite, got {now}")
         for round_ in range(self.config.rounds or 1):
             best, least = None, now - LEAST
             for candidate in propose(self.config, self._text, work):

@@ -41,6 +41,7 @@ from precal_ext.digest import sha256
 from precal_ext.evaluate import load, load_model, read_windows
 from precal_ext.headers import check_inside
 from precal_ext.measure import Figures, measure, sqnr_db
+from precal_ext.qtensor import QTensor
 from precal_ext.report import REPORT_NAME
 from precal_ext.rewrite import check_directories
 from precal_ext.sites import precal_modules
@@ -229,20 +230,14 @@ class _Run:
             if not all(has_digest(info, record["codes"][name]) for name, info in places.items()):
                 break  # what came after it was searched with other weights
             for name, info in places.items():
-                q = self._modules[name].qtensor()
-                set_weight(
-                    self._modules[name],
-                    dataclasses.replace(q, tensors={**q.tensors, "weight_packed": read_tensor(info)}),
-                )
+                tensors = {**self._modules[name].qtensor().tensors, "weight_packed": read_tensor(info)}
+                set_weight(self._modules[name], QTensor(self._modules[name].spec, tensors))
             finished[record["result"]["block"]] = BlockResult.from_record(record["result"])
             self._remember(record["codes"], {n: Figures(**f) for n, f in record["figures"].items()})
-        for name in self._modules.keys() - {self_name for self_name in self._changed()}:
-            source = self._stored.info(self._names[name], "weight_packed")
-            replace_tensor(self._place(name), read_tensor(source))  # may be half of what was not recorded
+        for name in self._modules:
+            if f"{self._names[name]}.weight" not in self._figures:  # half of what was not recorded may be there
+                replace_tensor(self._place(name), read_tensor(self._stored.info(self._names[name], "weight_packed")))
         return finished
-
-    def _changed(self) -> set[str]:
-        return {name for name in self._modules if f"{self._names[name]}.weight_packed" in self._digests}
 
     def _remember(self, codes: Mapping[str, str], figures: Mapping[str, Figures]) -> None:
         for name, digest in codes.items():
@@ -264,13 +259,13 @@ class _Run:
     def finish(self, result: Compensation, text: str) -> None:
         """The report and the card say what the weights are now."""
         new = self._staging.new
-        compensation = {"text": text, **result.to_dict()}
         if (new / REPORT_NAME).is_file():
             data = read_json(new / REPORT_NAME, MAX_REPORT_BYTES, MAX_REPORT_ITEMS)
             self._update(data)
         else:
             data = {"precal_version": __version__}
-        data["compensation"] = compensation
+        earlier = data.get("compensations")
+        data["compensations"] = [*(earlier if isinstance(earlier, list) else []), {"text": text, **result.to_dict()}]
         write_file(new / REPORT_NAME, json.dumps(data, indent=1) + "\n")
         card = new / "README.md"
         before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

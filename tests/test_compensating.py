@@ -82,7 +82,7 @@ def test_the_loss_falls_and_the_report_tells_by_how_much(made: Path, whole: Path
     losses = [evaluate(load(f, torch.float32)[0], windows, reference).kld_nats for f in (made / "q", whole)]
     assert None not in losses and losses[1] < 0.95 * losses[0]
     data = json.loads((whole / "precal_report.json").read_text())
-    told = data["compensation"]
+    (told,) = data["compensations"]
     assert told["text"] == "text.txt" and told["config"]["samples"] == 6
     assert told["after"] < told["before"] and told["held_out_after"] <= told["held_out_before"]
     for block in told["blocks"]:
@@ -152,6 +152,21 @@ def test_quantize_and_compensate_in_one_command(run: Run, made: Path, tmp_path: 
         code, _, err = run("quantize", made / "llama-6m", tmp_path / "third", *options)
         assert code == 3 and message in err
         assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "OPT", "Mixtral", "Qwen3Moe"])
+def test_other_architectures(tmp_path: Path, architecture: str) -> None:
+    """Conv1D, names without the base model's prefix, experts: what is changed is what the original's weight says."""
+    model = add_tokenizer(save_tiny(tmp_path / "model", architecture, vocab_size=4096, initializer_range=0.2))
+    quantize_checkpoint(model, tmp_path / "q", QuantizeConfig(bits=3))
+    config = CompensateConfig(samples=60, window=32, rounds=1, held_out=0)
+    given = {"reference": model}
+    result = compensate_checkpoint(tmp_path / "q", tmp_path / "out", TEXT, config, **given)
+    assert result.changes and result.after < result.before
+    assert verify(tmp_path / "out", model).sound
+    again = compensate_checkpoint(tmp_path / "out", tmp_path / "again", TEXT, config, **given)
+    assert again.before == pytest.approx(result.after, rel=1e-4)
+    assert len(json.loads((tmp_path / "again" / "precal_report.json").read_text())["compensations"]) == 2
 
 
 def test_what_the_command_offers_is_what_there_is() -> None:
