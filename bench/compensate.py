@@ -28,6 +28,8 @@ from precal_ext.compensate import CompensateConfig, compensate_model
 from precal_ext.config import QuantizeConfig
 from precal_ext.evaluate import Evaluation, evaluate, load, read_windows
 from precal_ext.inplace import quantize_model
+from precal_ext.quantize import fit_set_grid, quantize_weight
+from precal_ext.requantize import requantize
 
 # Model: the text that is searched on, that of its domain and of another one to measure on.
 TEXTS = {
@@ -96,7 +98,19 @@ def search(case: Row, limit: int) -> Row:
     row["codes"] = sum(change.codes for change in result.changes)
     row["changes"] = [[c.block, c.round, c.k, c.gain] for c in result.changes]
     row["peak_mb"], row["start_mb"] = _peak_mb(), start
+    row["requantize_ns"] = _requantize_ns(QuantizeConfig(bits=case["bits"], recipe=case["recipe"]))
     return row
+
+
+def _requantize_ns(config: QuantizeConfig, size: int = 512) -> float:
+    """CPU time of one candidate, per weight."""
+    w = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    q, times = quantize_weight(w, config, fit_set_grid([w], config)), []
+    for _ in range(3):
+        begin = time.thread_time()
+        requantize(q, 1.1 * w)
+        times.append(time.thread_time() - begin)
+    return min(times) / w.numel() * 1e9
 
 
 def _peak_mb() -> float:

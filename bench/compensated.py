@@ -81,6 +81,10 @@ def compensation_tables(data: list[Row]) -> str:
         for r in pairs:
             delta = f"{r['same_before_delta_nll_nats']:+.4f} -> {r['same_after_delta_nll_nats']:+.4f}"
             lines.append(f"| {r['model']} | {r['trial']} | {_cell(r, 'same')} | {_cell(r, 'other')} | {delta} |")
+    times = {r["recipe"]: r["requantize_ns"] for r in data if r["bits"] == 3 and "requantize_ns" in r}
+    if times:
+        named = ", ".join(f"{ns:.0f} ns (recipe {recipe})" for recipe, ns in times.items())
+        lines += ["", f"CPU time of one candidate, per weight, at 3 bits: {named}."]
     largest = max(data, key=lambda r: r["peak_mb"])
     lines += [
         "",
