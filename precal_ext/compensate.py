@@ -287,7 +287,7 @@ class Search:
         weight_of: module -> W [N, K] float32, of the model before quantization.
         reference: the model before quantization; for criterion "kld".
     Raises:
-        ValueError: the model holds nothing quantized, or ``weight_of`` gives other shapes.
+        ValueError: the model holds nothing quantized or is not on the CPU, or ``weight_of`` gives other shapes.
     """
 
     def __init__(
@@ -300,11 +300,16 @@ class Search:
         reference: nn.Module | None = None,
     ) -> None:
         found = find_blocks(model)
+        for block in found.blocks:
+            for name, module in block.modules.items():
+                if module.qweight.device.type != "cpu":
+                    raise ValueError(f"compensate: the model must be on the CPU, got {name} on {module.qweight.device}")
         self.config, self.blocks, self._weight_of = config, list(found.blocks), weight_of
         arguments = (config.criterion, reference)
         self._text = Text(model, found.layers, searched, *arguments)
         self._held = Text(model, found.layers, held_out, *arguments) if held_out else None
         self._texts = [text for text in (self._text, self._held) if text is not None]
+        self._last: float | None = None  # loss after the block before
         self.result = Compensation(config, self._text.tokens, self._held.tokens if self._held is not None else 0)
 
     def run(
@@ -329,6 +334,7 @@ class Search:
                 text.advance(block)
             if block.name in finished:
                 found = finished[block.name]
+                self._last = found.changes[-1].after if found.changes else self._last
             else:
                 work = self._begin(block)
                 found = self._search(work)
@@ -374,6 +380,11 @@ class Search:
         now, held = (self._loss(text, work.block, work.now) for text in (self._text, self._held))
         if now is None or not math.isfinite(now):
             raise ValueError(f"compensate: the model's loss on the text must be finite, got {now}")
+        if self._last is not None and abs(now - self._last) > 1e-3 + 0.02 * abs(self._last):
+            raise ValueError(
+                f"compensate: layers must hand on all they do in their outputs; from {work.block.name} on the loss is "
+                f"{now:.5f}, of the whole model {self._last:.5f}"
+            )
         for round_ in range(self.config.rounds or 1):
             best, least = None, now - LEAST
             for candidate in propose(self.config, self._text, work):
@@ -383,16 +394,18 @@ class Search:
                 if loss is not None and loss < least:
                     best, least = candidate, loss
             if best is None:
-                return found
+                break
             after = self._loss(self._held, work.block, best.weights)
             if after is not None and held is not None and after > held:
-                return dataclasses.replace(found, refused=True)
+                found = dataclasses.replace(found, refused=True)
+                break
             codes = sum(_different(best.weights[name], q) for name, q in work.now.items())
             found.changes.append(Change(found.block, round_, best.k, best.gain, now, least, held, after, codes))
             work.now = best.weights
             work.dense = {name: q.dequantize() for name, q in best.weights.items()}
             work.targets = best.targets or work.targets
             now, held = least, after
+        self._last = now
         return found
 
     @staticmethod

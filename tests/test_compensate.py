@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,49 @@ def test_layers_that_do_not_all_run_are_refused() -> None:
     text = Text(model, found.layers, random_windows(3), "kld", reference)
     with pytest.raises(ValueError, match="every layer of the model must run once a call"):
         text.advance(found.blocks[1])
+
+
+class Plain(nn.Module):
+    """Not of transformers: layers that look back one token. ``gossip``: the second also hears what the first did."""
+
+    def __init__(self, gossip: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(64, 32), nn.Embedding(64, 32)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32)) for _ in range(2))
+        self.told: Tensor | None = None
+        if gossip:
+            self.layers[0][1].register_forward_hook(
+                lambda module, given, y: setattr(self, "told", y[..., :32].detach())
+            )
+            self.layers[1].register_forward_hook(lambda module, given, y: y if self.told is None else y + self.told)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        self.told = None
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x + nn.functional.pad(x, (0, 0, 1, -1)))
+        return SimpleNamespace(logits=x @ self.head.weight.t())
+
+
+def test_any_module_that_gives_logits() -> None:
+    reference = Plain()
+    model = copy.deepcopy(reference)
+    quantize_model(model, QuantizeConfig(bits=3))
+    result = compensate_model(model, reference, random_windows(30, 48), CompensateConfig(samples=24))
+    assert {b.block for b in result.blocks} == {"layers.0", "layers.1"}
+    assert result.after < 0.97 * result.before
+
+
+def test_layers_that_tell_each_other_more_than_their_outputs_are_refused() -> None:
+    """As where a layer uses the keys of an earlier one: what is skipped is missed."""
+    reference = Plain(gossip=True)
+    model = Plain(gossip=True)
+    quantize_model(model, QuantizeConfig(bits=3))
+    with pytest.raises(
+        ValueError, match=r"layers must hand on all they do in their outputs; from layers.1 on the loss"
+    ):
+        compensate_model(model, reference, random_windows(5), CompensateConfig(samples=4))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
