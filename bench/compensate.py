@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from quality import Remembered
-from recipes import ROOT, SHARED, commit, facts
+from recipes import ROOT, SHARED, facts
 from rows import Results, Row, add_arguments
 
 from precal_ext.compensate import CompensateConfig, compensate_model
@@ -125,7 +125,7 @@ def main() -> None:
     if not SHARED.is_dir():
         parser.error("../shared is absent")
     results = Results(args, ("model", "format"))
-    made_by: dict[str, Any] = {**facts("bench/compensate.py"), "commit": commit(), "threads": torch.get_num_threads()}
+    made_by: dict[str, Any] = {**facts("bench/compensate.py"), "threads": torch.get_num_threads()}
     for case in cases():
         if not results.wants(case):
             continue
