@@ -14,6 +14,8 @@ from typing import Any
 from precal_ext import waiting as _waiting  # noqa: F401  (before anything imports torch)
 from precal_ext._version import __version__
 from precal_ext.checkpoint import CheckpointError
+from precal_ext.compensate import CompensateConfig, compensate_model
+from precal_ext.compensating import compensate_checkpoint
 from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import quantize_checkpoint
 from precal_ext.exporting import export_checkpoint
@@ -30,6 +32,7 @@ register_when_imported()
 
 __all__ = [
     "CheckpointError",
+    "CompensateConfig",
     "ModelFormat",
     "PrecalLinear",
     "QTensor",
@@ -38,6 +41,8 @@ __all__ = [
     "SelectionError",
     "WeightSpec",
     "__version__",
+    "compensate_checkpoint",
+    "compensate_model",
     "dequantize_model",
     "export_checkpoint",
     "import_checkpoint",

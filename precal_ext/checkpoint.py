@@ -242,6 +242,18 @@ def _write_at(file: int, data: memoryview, offset: int, path: Path) -> None:
         data, offset = data[count:], offset + count
 
 
+def replace_tensor(info: TensorInfo, tensor: Tensor) -> None:
+    """Put other data of the same dtype and shape in the place of a tensor of a file."""
+    if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"replace_tensor: {info.name} must be {info.dtype} {info.shape}, got {got}")
+    file = os.open(info.file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        _write_at(file, bytes_of(tensor.contiguous()), info.offset, info.file)
+    finally:
+        os.close(file)
+
+
 class ShardWriter:
     """Writes tensors of known dtype and shape, in any order, into one file or shards, with bounded memory.
 

@@ -26,12 +26,14 @@ from precal_ext.console import (
     EXIT_REFUSED,
     EXIT_TERMINATED,
     RefusedError,
+    quiet_host,
     resolve_model,
     shown_progress,
     size_of,
     trimming,
 )
 from precal_ext.interchange import add_commands
+from precal_ext.recycling import add_command, add_options, after_quantize, check_quantize, is_unfinished
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
 MOST_SHOWN = 20  # messages of verify; --json has all
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
     q.add_argument("out", metavar="OUT", help="new directory for the quantized model")
     _config_options(q)
+    add_options(q)
     q.add_argument("--overwrite", action="store_true", help="replace OUT, and forget an unfinished run")
     q.add_argument(
         "--max-shard-size", type=size_of, metavar="SIZE", help="bytes of a file of weights, as 5GB (default 50GB)"
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
     r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
     add_commands(command)
+    add_command(command)
     return parser
 
 
@@ -199,10 +203,15 @@ def _quantize(args: argparse.Namespace) -> int:
     from precal_ext import ranks
     from precal_ext.convert import run_share
 
-    trim = trimming()
-    return ranks.together(
-        lambda team: _quantize_as_leader(args, trim, team), lambda team: run_share(args.model, team, trim)
-    )
+    check_quantize(args)
+    if not is_unfinished(args):
+        trim = trimming()
+        code = ranks.together(
+            lambda team: _quantize_as_leader(args, trim, team), lambda team: run_share(args.model, team, trim)
+        )
+        if code != EXIT_OK or args.dry_run or not args.compensate or os.environ.get("RANK", "0") != "0":
+            return code
+    return after_quantize(args)
 
 
 def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], team: Any) -> int:
@@ -263,18 +272,6 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     return EXIT_OK
 
 
-def _quiet_host() -> None:
-    """transformers' own bars and notices do not belong in the output of these commands."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        from transformers.utils import logging as hf_logging
-    except ImportError:
-        return
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-
-
 def _error(stderr: float | None, digits: int) -> str:
     return "" if stderr is None else f" +/- {stderr:.{digits}f}"
 
@@ -282,7 +279,7 @@ def _error(stderr: float | None, digits: int) -> str:
 def _eval(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
-    _quiet_host()
+    quiet_host()
     model, tokenizer = ev.load(args.model)
     reference = None
     if args.reference is not None:
@@ -305,7 +302,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
-    _quiet_host()
+    quiet_host()
     model, tokenizer = ev.load(args.model)
     result = ev.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
     if args.json:
@@ -342,7 +339,7 @@ def _demo(args: argparse.Namespace) -> int:
     from precal_ext.config import QuantizeConfig
     from precal_ext.convert import quantize_checkpoint
 
-    _quiet_host()
+    quiet_host()
     if args.model is None and not (DEMO / "llama-6m").is_dir():
         raise RefusedError("demo: MODEL must be given, the embedded one comes with the source tree only")
     model = DEMO / "llama-6m" if args.model is None else resolve_model(args.model)
@@ -392,7 +389,7 @@ def _verify(args: argparse.Namespace) -> int:
     from precal_ext.survey import printable
     from precal_ext.verify import verify
 
-    _quiet_host()
+    quiet_host()
     original = None if args.original is None else resolve_model(args.original)
     result = verify(Path(args.model), original)
     code = EXIT_OK if result.sound else EXIT_REFUSED
@@ -454,7 +451,7 @@ def _report(args: argparse.Namespace) -> int:
         raise RefusedError(f"{page}: must be a file that ends in .html")
     if args.text is not None and args.original is None:
         raise RefusedError("report: --text needs --original MODEL, to compare the loss with")
-    _quiet_host()
+    quiet_host()
     original = None if args.original is None else resolve_model(args.original)
     loss = None
     content = html_report.gather(Path(args.model), original)
@@ -489,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        writes = args.command in ("quantize", "import", "export")
+        writes = args.command in ("quantize", "import", "export", "compensate")
         print("precal: interrupted; OUT was not touched" if writes else "precal: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import os
 import re
 import sys
 import time
@@ -47,6 +48,18 @@ def resolve_model(name: str) -> Path:
     except Exception as error:  # network, authentication, no such model: the hub's own words tell
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RefusedError(f"{name}: must be a model directory or a hub name that answers, got: {reason}") from None
+
+
+def quiet_host() -> None:
+    """transformers' own bars and notices do not belong in the output of these commands."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from transformers.utils import logging as hf_logging
+    except ImportError:
+        return
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 class ProgressDisplay:

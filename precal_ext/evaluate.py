@@ -67,10 +67,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
     return model.eval()
 
 
-def load(path: str | Path) -> tuple[Any, Any]:
-    """Model (eval mode) and tokenizer of a directory, quantized or not."""
+def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Model (eval mode) and tokenizer of a directory, quantized or not; ``dtype`` as in ``load_model``."""
     folder = Path(path)
-    model = load_model(folder)
+    model = load_model(folder, dtype)
     import transformers
 
     return model, _from_pretrained(transformers.AutoTokenizer, "tokenizer", folder, {})
@@ -117,7 +117,7 @@ def read_windows(tokenizer: Any, path: Path, window: int, limit: int | None = No
     return windows
 
 
-def _batches(windows: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(windows: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Padded ids [B, T] and the mask of real tokens, longest windows together; padding is on the right."""
     ordered = sorted(windows, key=len)
     for first in range(0, len(ordered), _BATCH):
@@ -138,7 +138,7 @@ def evaluate(model: Any, windows: Sequence[list[int]], reference: Any | None = N
     delta: list[float] = []
     counts: list[int] = []
     agreed = 0
-    for ids, mask in _batches(windows):
+    for ids, mask in batches(windows):
         logp = _log_probabilities(model, ids, mask)
         target = mask[:, 1:]
         nll += _window_nll(logp, ids, target)

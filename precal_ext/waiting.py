@@ -13,7 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-COMMANDS = {"quantize", "import", "export", "verify", "inspect", "report"}  # bench measures what servers see
+COMMANDS = {
+    "quantize",
+    "compensate",
+    "import",
+    "export",
+    "verify",
+    "inspect",
+    "report",
+}  # bench measures what servers see
 
 
 def is_command(words: Sequence[str]) -> bool:
