@@ -13,6 +13,7 @@ from typing import Any
 
 from precal_ext import waiting as _waiting  # noqa: F401  (before anything imports torch)
 from precal_ext._version import __version__
+from precal_ext.calibrate import Calibration, calibrate_checkpoint
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import quantize_checkpoint
@@ -29,6 +30,7 @@ from precal_ext.select import SelectionError
 register_when_imported()
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "ModelFormat",
     "PrecalLinear",
@@ -38,6 +40,7 @@ __all__ = [
     "SelectionError",
     "WeightSpec",
     "__version__",
+    "calibrate_checkpoint",
     "dequantize_model",
     "export_checkpoint",
     "import_checkpoint",
