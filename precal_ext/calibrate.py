@@ -34,7 +34,7 @@ from precal_ext.report import Report
 from precal_ext.streaming import HiddenStates, Skeleton
 
 METHODS = ("gptq",)
-DAMPING = 0.01
+DAMPING = 0.1  # docs/calibration.md has the losses that say so
 LENGTH = 2048  # tokens of a window, where the model takes so many
 TOKENS_AT_ONCE = 4096  # whose inputs to a layer's linears are in memory together
 PANEL = 512  # rows of a Hessian that one thread computes
@@ -132,7 +132,7 @@ class Calibrator:
         if all(layer is None for layer in self._layer_of.values()):
             raise CheckpointError(f"{plan.model}: must have a weight to quantize in a decoder layer, got none")
         self._damping = float(calibration.damping)
-        self._windows, self.settings, self._said = _windows_of(plan, calibration, self.skeleton)
+        self.windows, self.settings, self._said = _windows_of(plan, calibration, self.skeleton)
         self._width = int(self.skeleton.model.get_input_embeddings().weight.shape[1])
         self._at = -1
         self._inputs: dict[str, _Inputs] = {}
@@ -142,7 +142,7 @@ class Calibrator:
 
     @property
     def tokens(self) -> int:
-        return len(self._windows) * len(self._windows[0])
+        return len(self.windows) * len(self.windows[0])
 
     @property
     def disk_bytes(self) -> int:
@@ -164,7 +164,7 @@ class Calibrator:
             self._open.callback(torch.set_num_threads, threads)
             self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             self._open.enter_context(self._pool)
-            self._states = HiddenStates(folder, len(self._windows[0]), self._width)
+            self._states = HiddenStates(folder, len(self.windows[0]), self._width)
             self._open.callback(self._states.close)
             yield
             self._inputs.clear()
@@ -204,7 +204,7 @@ class Calibrator:
 
     def _go_to(self, layer: int) -> None:
         if self._at < 0:
-            for number, hidden in enumerate(self.skeleton.first_inputs(self._windows)):
+            for number, hidden in enumerate(self.skeleton.first_inputs(self.windows)):
                 self._states.write(number, hidden)
             self._enter(0)
         while self._at < layer:
@@ -229,7 +229,7 @@ class Calibrator:
         def advance(number: int) -> None:
             self._states.write(number, self.skeleton.run(self._at, self._states.read(number)))
 
-        list(self._pool.map(advance, range(len(self._windows))))
+        list(self._pool.map(advance, range(len(self.windows))))
         self._layer.close()
 
     def _see(self, jobs: Sequence[Job]) -> None:
@@ -238,15 +238,15 @@ class Calibrator:
         if not jobs:
             return
         modules = [job.module for job in jobs]
-        chunk = max(1, TOKENS_AT_ONCE // len(self._windows[0]))
+        chunk = max(1, TOKENS_AT_ONCE // len(self.windows[0]))
         with self.skeleton.watching(modules) as seen:
 
             def forward(number: int) -> dict[str, list[Tensor]]:
                 self.skeleton.run(self._at, self._states.read(number))
                 return seen()
 
-            for first in range(0, len(self._windows), chunk):
-                numbers = range(first, min(len(self._windows), first + chunk))
+            for first in range(0, len(self.windows), chunk):
+                numbers = range(first, min(len(self.windows), first + chunk))
                 self._add(jobs, list(self._pool.map(forward, numbers)))
         for inputs in {id(i): i for i in self._inputs.values()}.values():
             h = inputs.hessian
@@ -298,7 +298,10 @@ class Calibrator:
         if inputs is None or tokens < q.spec.K:
             return q, {"tokens": tokens, "reason": FEW}
         if inputs.factor is None:
-            inputs.factor = factor(inputs.hessian, self._damping)
+            try:
+                inputs.factor = factor(inputs.hessian, self._damping)
+            except ValueError as error:
+                raise CheckpointError(f"calibrate: {job.module} on this text: {error}") from None
         found = gptq(w, q, inputs.hessian, inputs.factor, self._pool.map)
         return found.q, {"tokens": tokens, "output_error_before": found.error_before, "output_error": found.error_after}
 

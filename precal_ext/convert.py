@@ -235,6 +235,7 @@ class _Quantizer:
                 self._grids[name] = fit_set_grid(samples, settings) if samples else None
             samples.clear()
         with _refused_by_name([job]):
+            try:
                 q = quantize_weight(w, settings, self._grids[name])
             except ValueError:
                 check_finite(job.info, w, job.conv1d)  # says where in the file

@@ -53,20 +53,30 @@ class Factor:
 
 
 def factor(hessian: Tensor, damping: float) -> Factor:
-    """The factor of ``hessian + damping * mean(diagonal)``, in float64 on the way.
+    """The factor of ``hessian + damping * mean(diagonal)``, in float64 on the way; ten times the damping until there is
+    one.
 
     Args:
         hessian: float32 or float64 [K, K], symmetric, positive semidefinite.  damping: > 0.
     """
     if not damping > 0 or not math.isfinite(damping):
         raise ValueError(f"gptq: damping must be finite and > 0, got {damping}")
-    h = hessian.to(torch.float64, copy=True)
-    mean = math.fsum(h.diagonal().tolist()) / max(1, len(h))
+    mean = math.fsum(hessian.diagonal().tolist()) / max(1, len(hessian))
+    if not math.isfinite(mean):
+        raise ValueError(f"gptq: hessian must be finite, got {mean} on its diagonal; the inputs have no finite squares")
     added = damping * mean if mean > 0 else 1.0  # inputs that are all zero: nothing is known
-    h.diagonal().add_(added)
     # H = M M^T with M upper triangular, the Cholesky factor of H with both orders turned; then U = M^-1.
-    m = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    u = torch.linalg.solve_triangular(m, torch.eye(len(h), dtype=h.dtype), upper=True)
+    turned = hessian.flip(0, 1).double()
+    turned.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(turned)
+    while int(failed):  # rounding of the sums outweighs a small damping where a few inputs are huge
+        turned.diagonal().add_(9 * added)
+        added *= 10
+        lower, failed = torch.linalg.cholesky_ex(turned)
+    del turned  # a matrix may have a gigabyte: three at once, and no more
+    upper = lower.flip(0, 1)
+    del lower
+    u = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
     diagonal = u.diagonal().clone()
     return Factor(u.div_(diagonal[:, None]).float(), diagonal.square().reciprocal().float(), added)
 

@@ -76,7 +76,7 @@ def whole(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 def windows_of(folder: Path) -> list[list[int]]:
     plan = plan_quantization(folder, folder.parent / "nowhere", CONFIG)
-    return calibrated(plan, calibration())[1]._windows
+    return calibrated(plan, calibration())[1].windows
 
 
 # ---- streaming -------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_documents_are_read_one_after_another(model: Callable[[str], Path], tmp_
     parts = TEXT.read_text().split("\n\n")
     path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
     plan = plan_quantization(model("Llama"), tmp_path / "out")
-    windows = calibrated(plan, calibration(text=path))[1]._windows
+    windows = calibrated(plan, calibration(text=path))[1].windows
     assert len(windows) == WINDOWS and all(len(w) == LENGTH for w in windows)
     assert any(1 in w for w in windows)  # the end of a document
 

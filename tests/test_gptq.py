@@ -86,6 +86,21 @@ def test_damping_must_be_positive(damping: float) -> None:
         factor(torch.eye(3), damping)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_inputs_must_be_finite(value: float) -> None:
+    h = torch.eye(3)
+    h[1, 1] = value
+    with pytest.raises(ValueError, match="gptq: hessian must be finite, got"):
+        factor(h, 0.01)
+
+
+def test_damping_grows_until_there_is_a_factor() -> None:
+    h = torch.eye(4)
+    h[0, 0] = -0.5  # no sum of squares; what rounding may leave of one
+    parts = factor(h, 0.01)
+    assert parts.damping > 0.5 and bool(torch.isfinite(parts.carry).all())
+
+
 def test_inputs_that_are_all_zero_say_nothing() -> None:
     parts = factor(torch.zeros(5, 5), 0.01)
     assert torch.equal(parts.carry, torch.eye(5))
