@@ -38,8 +38,9 @@ MODEL = "llama-6m"
 CALIBRATION = {"books": "books_calib.txt", "python": "python_calib.txt"}
 WINDOW = 256
 WINDOWS = 64
-DAMPINGS = (0.01, 0.1, 0.3, 1.0)
-TOKENS = (8, 256)  # windows of a text, where another number is said
+DAMPINGS = (0.01, 0.1, 1.0)
+TOKENS = (8,)  # windows of a text, where another number is said
+VARIED = 3  # bits at which damping and text are varied
 
 # Makes a model from (folder, out, text or None); returns it and its true bits, and what is to be said of the time.
 Make = Callable[[Path, Path, Path | None], tuple[Any, float, dict[str, Any]]]
@@ -117,8 +118,9 @@ def formats(bits: int) -> dict[str, tuple[bool, Make]]:
         "precal g64": (False, alone(setting)),
         "precal g64, then GPTQ": (True, then_gptq(setting, DAMPING)),
         "GPTQ alone, asym g64": (True, gptq_alone(bits, 64)),
-        "GPTQ alone, asym g128": (True, gptq_alone(bits, 128)),
     }
+    if bits != VARIED:
+        return found
     for damping in DAMPINGS:
         if damping != DAMPING:
             found[f"precal g64, then GPTQ, damping {damping:g}"] = True, then_gptq(setting, damping)
