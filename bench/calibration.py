@@ -14,6 +14,8 @@ TEXTS = {
 }
 OWN = {"books": "books_eval.txt", "python": "python_eval.txt"}  # domain that is calibrated on -> its held-out text
 DEFAULT = "precal g64"
+THEN = f"{DEFAULT}, then GPTQ"
+DAMPING = 0.1  # the default
 TARGET, OFF_DOMAIN = 0.8, 1.1
 
 
@@ -27,10 +29,11 @@ def widths(data: list[Row]) -> list[int]:
 
 
 def table(data: list[Row], names: Iterable[str], head: str) -> list[str]:
-    """A line per width, format and calibration text: KLD on every text, and over that of precal alone."""
+    """A line per width, format and calibration text: KLD on every text, and over that of precal alone; of the widths
+    that have more than these two."""
     lines = [f"| {head} | bits | on | " + " | ".join(TEXTS.values()) + " |", "|---|---|---|" + "---|" * len(TEXTS)]
     names = list(names)
-    for width in widths(data):
+    for width in widths([r for r in data if r["format"] in names and r["format"] not in (DEFAULT, THEN)]):
         for name in names:
             for domain in ("-", *OWN):
                 found = [find(data, width, name, domain, text) for text in TEXTS]
@@ -57,7 +60,7 @@ def paragraph(data: list[Row]) -> list[str]:
     for width in widths(data):
         own, off = [], []
         for domain, text in OWN.items():
-            mine = find(data, width, f"{DEFAULT}, then GPTQ", domain, text)
+            mine = find(data, width, THEN, domain, text)
             rivals = [r for name in alone if (r := find(data, width, name, domain, text)) is not None]
             assert mine is not None and rivals
             best = min(rivals, key=lambda r: float(r["kld_nats"]))
@@ -85,19 +88,26 @@ def verdict(met: bool) -> str:
 
 
 def claim_tables(data: list[Row]) -> str:
-    alone = list(dict.fromkeys(r["format"] for r in data if "alone" in r["format"]))
-    ours = [f"precal g{g}{more}" for g in (64, 128) for more in ("", ", then GPTQ")]
-    recipes = [f"recipe {name}{more}" for name in ("rtn", "paper") for more in ("", ", then GPTQ")]
-    return "\n".join(
-        [*table(data, [*alone, *ours, *recipes], "format"), "", *paragraph(data), "", source(data[0]) + "."]
-    )
+    names = [*dict.fromkeys(r["format"] for r in data if r["format"].startswith("GPTQ alone")), DEFAULT, THEN]
+    return "\n".join([*table(data, names, "format"), "", *paragraph(data), "", source(data[0]) + "."])
 
 
 def damping_table(data: list[Row]) -> str:
-    names = [DEFAULT, *dict.fromkeys(r["format"] for r in data if "damping" in r["format"]), f"{DEFAULT}, then GPTQ"]
-    return "\n".join([*table(data, names, "damping"), "", source(data[0]) + "."])
+    found = {r["format"] for r in data if r["format"].startswith(f"{THEN}, damping ")}
+    names = {float(name.rpartition(" ")[2]): name for name in found} | {DAMPING: THEN}
+    lines = table(data, [names[value] for value in sorted(names)], "damping")
+    default = f"**{THEN}, damping {DAMPING:g}**"
+    return "\n".join([*(line.replace(f": {THEN} |", f": {default} |") for line in lines), "", source(data[0]) + "."])
 
 
 def length_table(data: list[Row]) -> str:
-    names = [*dict.fromkeys(r["format"] for r in data if r["format"].endswith(" windows")), f"{DEFAULT}, then GPTQ"]
-    return "\n".join([*table(data, names, "text"), "", source(data[0]) + "."])
+    names = [*dict.fromkeys(r["format"] for r in data if r["format"].endswith(" windows")), THEN]
+    default = f"**{THEN}, 64 windows**"
+    lines = [line.replace(f": {THEN} |", f": {default} |") for line in table(data, names, "text")]
+    return "\n".join([*lines, "", source(data[0]) + "."])
+
+
+def survivors_table(data: list[Row]) -> str:
+    lines = ["| survivors of the search | output error; data-free codes 1 | us a weight, one core |", "|---|---|---|"]
+    lines += [f"| {r['way']} | {r['error_ratio']:.2f} | {r['microseconds']:.1f} |" for r in data]
+    return "\n".join([*lines, "", source(data[0]) + "."])

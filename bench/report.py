@@ -16,7 +16,7 @@ import re
 import sys
 from pathlib import Path
 
-from calibration import claim_tables, damping_table, length_table
+from calibration import claim_tables, damping_table, length_table, survivors_table
 from faults_table import faults_table
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
@@ -384,6 +384,7 @@ def main() -> None:
         wanted[page] = page.read_text(encoding="utf-8")
         for name, made in (("claim", claim_tables), ("damping", damping_table), ("text", length_table)):
             wanted[page] = replace(wanted[page], name, made(calibrated))
+        wanted[page] = replace(wanted[page], "survivors", survivors_table(rows("survivors.jsonl")))
     wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:

@@ -118,7 +118,13 @@ class Skeleton:
                     raise CheckpointError(
                         f"{info.file}: {info.name} must have shape {list(there.shape)}, got {list(info.shape)}"
                     )
-                self._set(name, read_tensor(info).float() if there.is_floating_point() else read_tensor(info))
+                value = read_tensor(info)
+                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                    raise CheckpointError(
+                        f"{info.file}: {info.name} must be finite, got NaN or an infinity; the model is damaged, and "
+                        "cannot be run on a text"
+                    )
+                self._set(name, value.float() if there.is_floating_point() else value)
             yield
         finally:
             for name in names:

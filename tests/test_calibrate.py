@@ -45,7 +45,16 @@ pytest_plugins = ["package_fixtures"]
 TEXT = DEMO.parent / "text.txt"
 WINDOWS, LENGTH = 12, 32
 CONFIG = QuantizeConfig(bits=3)
-PIECES = {"GPT2": {"n_positions": 64}}
+# Besides those that are calibrated whole: settings beyond the common ones.
+MORE: dict[str, dict[str, Any]] = {
+    "Qwen2": {"num_key_value_heads": 2},
+    "Gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "Gemma3Text": {"num_key_value_heads": 2, "head_dim": 8},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GPTJ": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "Olmoe": {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 def calibration(**fields: Any) -> Calibration:
@@ -82,13 +91,17 @@ def windows_of(folder: Path) -> list[list[int]]:
 # ---- streaming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_layers_alone_do_what_the_model_does(model: Callable[[str], Path], architecture: str, tmp_path: Path) -> None:
-    folder = model(architecture)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE])
+def test_layers_alone_do_what_the_model_does(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if architecture in MORE:
+        monkeypatch.setitem(ARCHITECTURES, architecture, MORE[architecture])
+    folder = save_tiny(tmp_path / "model", architecture)
     index = read_index(folder)
     plan = plan_quantization(folder, tmp_path / "out")
     skeleton = Skeleton(folder, index, plan.found.names)
-    windows = windows_of(folder)[:2]
+    windows = [list(range(5, 29)), list(range(30, 54))]
     hidden = list(skeleton.first_inputs(windows))
     for layer in range(len(skeleton.layers)):
         with skeleton.layer_filled(layer):
@@ -381,6 +394,12 @@ def test_a_tensor_that_is_missing(model: Callable[[str], Path], tmp_path: Path) 
     folder = altered(model("Llama"), tmp_path / "model", lambda t: t.pop("model.layers.1.input_layernorm.weight"))
     message = refused(folder, tmp_path, TEXT.read_bytes())
     assert "got none for model.layers.1.input_layernorm.weight" in message
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_tensor_that_is_not_finite(model: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    folder = altered(model("Llama"), tmp_path / "model", lambda t: t[name].view(-1)[3:4].fill_(float("inf")))
+    assert f"{name} must be finite, got " in refused(folder, tmp_path, TEXT.read_bytes())
 
 
 def test_nothing_in_a_layer_to_quantize(model: Callable[[str], Path], tmp_path: Path) -> None:
