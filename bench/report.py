@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Committed results -> docs/results.md, docs/sqnr.md, docs/performance.md, docs/quality.md with its plot; marked parts
-of README.md, docs/method.md, docs/reliability.md and docs/compensation.md. Documents of results that are not there stay
-as they are; only docs/performance.md then says so.
+of README.md, docs/method.md, docs/reliability.md, docs/compensation.md and docs/calibration.md. Documents of results that
+are not there stay as they are; only docs/performance.md then says so.
 
     python bench/report.py [--check]
 
@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+from calibration import claim_tables, damping_table, length_table, survivors_table
 from compensated import compensation_tables
 from faults_table import faults_table
 from method import cost_table, fit_table, trellis_table, tried_tables
@@ -382,6 +383,12 @@ def main() -> None:
     if compensated := rows("compensate.jsonl"):
         page = docs / "compensation.md"
         wanted[page] = replace(page.read_text(encoding="utf-8"), "compensation", compensation_tables(compensated))
+    if calibrated := rows("calibrate.jsonl"):
+        page = docs / "calibration.md"
+        wanted[page] = page.read_text(encoding="utf-8")
+        for name, made in (("claim", claim_tables), ("damping", damping_table), ("text", length_table)):
+            wanted[page] = replace(wanted[page], name, made(calibrated))
+        wanted[page] = replace(wanted[page], "survivors", survivors_table(rows("survivors.jsonl")))
     wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:

@@ -13,6 +13,7 @@ from typing import Any
 
 from precal_ext import waiting as _waiting  # noqa: F401  (before anything imports torch)
 from precal_ext._version import __version__
+from precal_ext.calibrate import Calibration, calibrate_checkpoint
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.compensate import CompensateConfig, compensate_model
 from precal_ext.compensating import compensate_checkpoint
@@ -31,6 +32,7 @@ from precal_ext.select import SelectionError
 register_when_imported()
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "CompensateConfig",
     "ModelFormat",
@@ -41,6 +43,7 @@ __all__ = [
     "SelectionError",
     "WeightSpec",
     "__version__",
+    "calibrate_checkpoint",
     "compensate_checkpoint",
     "compensate_model",
     "dequantize_model",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from precal_ext import calibrating
 from precal_ext._version import __version__
 from precal_ext.console import (
     EXIT_INTERRUPTED,
@@ -57,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     q.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
     q.add_argument("out", metavar="OUT", help="new directory for the quantized model")
     _config_options(q)
+    q.add_argument(
+        "--text", metavar="FILE", help='text file, or .jsonl with a "text" field, for --calibrate and --compensate'
+    )
+    calibrating.add_options(q, _positive)
     add_options(q)
     q.add_argument("--overwrite", action="store_true", help="replace OUT, and forget an unfinished run")
     q.add_argument(
@@ -225,17 +230,19 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
     model = resolve_model(args.model)
     plan = plan_quantization(model, args.out, config, max_shard_bytes=max_shard_bytes, tensor_parallel=args.tp)
+    plan, stage = calibrating.prepared(args, plan)
     if args.dry_run:
         cost = estimate.estimate(plan, processes)
         if args.json:
-            print(json.dumps(estimate.to_dict(plan, cost)))
+            print(json.dumps({**estimate.to_dict(plan, cost), **calibrating.cost_dict(plan, stage)}))
         else:
-            print("\n".join([*estimate.table(plan), *cost.lines()]))
+            print("\n".join([*estimate.table(plan), *cost.lines(), *calibrating.cost_lines(plan, stage)]))
         return EXIT_OK
 
     def announce() -> None:
         try:
-            print("\n".join(estimate.estimate(plan, processes).lines()), flush=True)
+            lines = estimate.estimate(plan, processes).lines() + calibrating.cost_lines(plan, stage)
+            print("\n".join(lines), flush=True)
         except BrokenPipeError:  # nobody reads; the model is wanted all the same
             _close_stdout()
 
@@ -247,6 +254,7 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
                 progress=progress,
                 announce=None if args.json or args.quiet else announce,
                 team=team,
+                stage=stage,
             )
     except (KeyboardInterrupt, SystemExit, OSError):
         if plan.recorded():
@@ -423,7 +431,8 @@ def _inspect(args: argparse.Namespace) -> int:
     rows = survey.sort_rows(survey.rows(stored, original), args.sort, args.reverse)
     total = survey.total(rows)
     if args.json:
-        print(json.dumps({"tensors": [row.to_dict() for row in rows], "total": total.to_dict()}))
+        tables = {"tensors": [row.to_dict() for row in rows], "total": total.to_dict()}
+        print(json.dumps({**tables, **calibrating.as_recorded(stored)}))
         return EXIT_OK
 
     def number(value: float, digits: int) -> str:
@@ -439,6 +448,8 @@ def _inspect(args: argparse.Namespace) -> int:
             f"{survey.printable(row.tensor):{width}} {shape:>13} {settings} {number(row.alpha, 6):>8} "
             f"{number(row.sqnr_db, 2):>8} {number(row.kl_nats, 4):>8} {row.bits_per_weight:>7.3f}"
         )
+    for line in calibrating.recorded_lines(stored):
+        print(line)
     return EXIT_OK
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ from precal_ext.weights import check_finite, read_sample, read_weight
 # A caller that plans and runs needs this module alone.
 __all__ = [
     "EXPERTS_NOTE",
+    "Job",
     "Plan",
     "Progress",
     "digested",
@@ -103,6 +106,26 @@ def quantize_checkpoint(
     return run_plan(plan, overwrite=overwrite, progress=progress)
 
 
+class Stage(Protocol):
+    """What may follow the quantization of every weight (``calibrate.Calibrator``), in one process."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What it puts on the disk for a while."""
+
+    def order(self, jobs: Sequence[Job]) -> list[Job]:
+        """The order in which it wants the weights."""
+
+    def working(self, folder: Path, writer: ShardWriter, pending: Sequence[Job]) -> AbstractContextManager[None]:
+        """Around all of the work; the weights that are not pending are finished, ``writer`` knows where."""
+
+    def refine(self, job: Job, w: Tensor, q: QTensor) -> tuple[QTensor, dict[str, Any] | None]:
+        """Another quantized form of the same spec, and what the report's entry says of it."""
+
+    def said(self, report: Report) -> tuple[dict[str, Any], list[str]]:
+        """The report's ``calibration``, and notes."""
+
+
 def run_plan(
     plan: Plan,
     *,
@@ -110,12 +133,14 @@ def run_plan(
     progress: Callable[[Progress], None] | None = None,
     announce: Callable[[], None] | None = None,
     team: Leader | None = None,
+    stage: Stage | None = None,
 ) -> Report:
     """Do what a plan says; arguments and errors as ``quantize_checkpoint``.
 
     Args:
         announce: called when the output is this process's alone and has room, before the first tensor.
         team: other processes that do their share with ``run_share``.
+        stage: what follows the quantization of a weight; without ``team``.
     """
     started = time.monotonic()
     report = Report(plan.config, notes=[f"linear layers found by {plan.found.source}"])
@@ -128,7 +153,7 @@ def run_plan(
         report.notes.append(f"the output head has a weight of its own now, beside the embedding's: {apart:,} bytes")
     work = Work(plan.out, {**plan.header, "linears": plan.found.to_dict()}, overwrite)
     try:
-        work.check_room(sum(plan.writer(work.new).sizes.values()))
+        work.check_room(sum(plan.writer(work.new).sizes.values()) + (0 if stage is None else stage.disk_bytes))
         if announce is not None:
             announce()
     except BaseException:
@@ -137,7 +162,7 @@ def run_plan(
     try:
         writer = plan.writer(work.new)
         try:
-            report.entries, report.digests = _run(plan, work, writer, progress, team)
+            report.entries, report.digests = _run(plan, work, writer, progress, team, stage)
             writer.finish()
         finally:
             writer.close()
@@ -148,6 +173,9 @@ def run_plan(
         model_config = {**plan.model_config, **tying, "quantization_config": fmt.to_dict()}
         write_file(work.new / "config.json", _json(model_config))
         copy_other_files(plan.model, work.new)
+        if stage is not None:
+            report.calibration, notes = stage.said(report)
+            report.notes += notes
         report.bytes_after = sum(p.stat().st_size for p in work.new.glob("*.safetensors"))
         write_file(work.new / REPORT_NAME, report.to_json())
         write_file(work.new / "README.md", model_card(plan.model.name, plan.out.name, report))
@@ -167,10 +195,13 @@ class _Quantizer:
 
     Args:
         check: called before every step; raises to end the work.
+        stage: as for ``run_plan``.
     """
 
-    def __init__(self, plan: Plan, pending: Sequence[Job], check: Callable[[], None]) -> None:
-        self._plan, self._check = plan, check
+    def __init__(
+        self, plan: Plan, pending: Sequence[Job], check: Callable[[], None], stage: Stage | None = None
+    ) -> None:
+        self._plan, self._check, self._stage = plan, check, stage
         self._sets: dict[str, list[Job]] = {}
         for job in plan.jobs:
             if job.spec is not None and job.decision is not None:
@@ -209,7 +240,11 @@ class _Quantizer:
             except ValueError:
                 check_finite(job.info, w, job.conv1d)  # says where in the file
                 raise
-        return entry(job.decision, settings, w, q, _dtype(job.info)), q
+        said = None
+        if self._stage is not None:
+            q, said = self._stage.refine(job, w, q)
+        made = entry(job.decision, settings, w, q, _dtype(job.info))
+        return dataclasses.replace(made, calibration=said), q
 
 
 def _run(
@@ -218,12 +253,15 @@ def _run(
     writer: ShardWriter,
     progress: Callable[[Progress], None] | None,
     team: Leader | None,
+    stage: Stage | None,
 ) -> tuple[list[Entry], dict[str, str]]:
     entries, digests = _finished_before(plan, work, writer)
     pending = [job for job in plan.jobs if job.info.name not in entries]
+    pending = pending if stage is None else stage.order(pending)
     by_name = {job.info.name: job for job in pending}
     own = pending if team is None else shares(pending, team.size)[0]
-    quantizer = _Quantizer(plan, own, _nothing if team is None else team.check)
+    quantizer = _Quantizer(plan, own, _nothing if team is None else team.check, stage)
+    staging = contextlib.nullcontext() if stage is None else stage.working(work.folder, writer, pending)
     writing: contextlib.AbstractContextManager[object] = contextlib.nullcontext() if team is None else team.writing
     counting = threading.Lock()
     total = sum(job.info.nbytes for job in plan.jobs)
@@ -267,7 +305,8 @@ def _run(
     try:
         if team is not None:
             team.begin({**plan.to_tell(), "pending": list(by_name)}, deliver)
-        pipeline.run(own, quantizer.read, compute, write, lambda job: job.memory, plan.memory_limit)
+        with staging:
+            pipeline.run(own, quantizer.read, compute, write, lambda job: job.memory, plan.memory_limit)
         if team is not None:
             team.finish()
     except BaseException as error:
@@ -407,6 +446,16 @@ def load_lines(out: str) -> list[str]:
     ]
 
 
+def _data_used(report: Report) -> str:
+    c = report.calibration
+    if c is None:
+        return "No data was used."
+    return (
+        f"Codes were chosen by {c['method']} on {c['tokens']:,} tokens of {c['text']} (SHA-256 {c['text_sha256']}; "
+        f"{c['windows']} windows of {c['window_length']}, damping {c['damping']:g}); no data was used for the rest."
+    )
+
+
 def model_card(source: str, out: str, report: Report) -> str:
     """``OUT/README.md``: how to load it, settings, figures per layer."""
     c, s = report.config, report.summary()
@@ -423,7 +472,7 @@ def model_card(source: str, out: str, report: Report) -> str:
         *load_lines(out),
         "```",
         "",
-        f"Settings: {settings}. No data was used.",
+        f"Settings: {settings}. {_data_used(report)}",
         "",
         f"{s['tensors_quantized']} of {s['tensors']} tensors are quantized, {report.weights:,} weights at "
         f"{report.bits_per_weight:.3f} bits each, everything counted"

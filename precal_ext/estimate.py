@@ -41,8 +41,8 @@ class Estimate:
     def lines(self) -> list[str]:
         each = "" if self.processes == 1 else f" in each of {self.processes} processes"
         lines = [
-            f"memory at most {_size(self.memory_bytes)}{each}, disk {_size(self.disk_bytes)} of "
-            f"{_size(self.free_bytes)} free, time about {_time(self.seconds)}"
+            f"memory at most {readable_size(self.memory_bytes)}{each}, disk {readable_size(self.disk_bytes)} of "
+            f"{readable_size(self.free_bytes)} free, time about {readable_time(self.seconds)}"
         ]
         if self.recorded:
             lines.append(f"continues an unfinished run: {self.recorded} of {self.tensors} tensors are recorded")
@@ -146,11 +146,11 @@ def to_dict(plan: Plan, cost: Estimate) -> dict[str, Any]:
     return {"estimate": cost.to_dict(), "files": shards, "tensors": [describe(plan, job) for job in plan.jobs]}
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _time(seconds: float) -> str:
+def readable_time(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -70,10 +70,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> Any:
 def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Model (eval mode) and tokenizer of a directory, quantized or not; ``dtype`` as in ``load_model``."""
     folder = Path(path)
-    model = load_model(folder, dtype)
-    import transformers
-
-    return model, _from_pretrained(transformers.AutoTokenizer, "tokenizer", folder, {})
+    return load_model(folder, dtype), load_tokenizer(folder)
 
 
 def _from_pretrained(loader: Any, what: str, folder: Path, options: dict[str, Any]) -> Any:
@@ -92,24 +89,47 @@ def _from_pretrained(loader: Any, what: str, folder: Path, options: dict[str, An
         raise CheckpointError(f"{folder}: must have a {what} that transformers can load, got: {lines[0]}") from error
 
 
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a directory."""
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(f"{path}: reading text needs transformers; pip install 'precal[hf]'") from None
+    return _from_pretrained(transformers.AutoTokenizer, "tokenizer", Path(path), {})
+
+
+def read_documents(path: Path) -> list[str]:
+    """A text file as one document; of a ``.jsonl`` file, the "text" field of every line.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: must be a readable UTF-8 text file, got: {error}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    try:
+        documents = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        documents = [None]
+    if not all(isinstance(document, str) for document in documents):
+        raise CheckpointError(f'{path}: every line must be a JSON object with a "text" field')
+    return documents
+
+
 def read_windows(tokenizer: Any, path: Path, window: int, limit: int | None = None) -> list[list[int]]:
     """Token windows of a text file; of a ``.jsonl`` file, one per line's "text" field, cut to ``window``.
 
     Raises:
         CheckpointError: the file cannot be read, or is too short for one window of 2 tokens.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: must be a readable UTF-8 text file, got: {error}") from None
+    documents = read_documents(path)
     if path.suffix == ".jsonl":
-        try:
-            documents = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise CheckpointError(f'{path}: every line must be a JSON object with a "text" field') from None
         windows = [list(tokenizer(d)["input_ids"])[:window] for d in documents]
     else:
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        ids = list(tokenizer(documents[0], verbose=False)["input_ids"])
         windows = [ids[i : i + window] for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) >= 2][:limit]
     if not windows:

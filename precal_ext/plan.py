@@ -97,6 +97,7 @@ class Plan:
     max_shard_bytes: int
     known: Mapping[str, Any] = field(repr=False)  # fingerprint of the model
     nonfinite: Mapping[str, str] = field(default_factory=dict)  # modules that are kept for it -> why
+    calibration: Mapping[str, Any] | None = None  # settings of the stage of ``run_plan``, if there is one
 
     @property
     def header(self) -> dict[str, Any]:
@@ -106,6 +107,7 @@ class Plan:
             "format_version": _C.FORMAT_VERSION,
             "settings": self.config.to_dict(),
             "max_shard_size": self.max_shard_bytes,
+            "calibration": self.calibration,
             "model": dict(self.known),
         }
 

@@ -49,7 +49,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of ``quantize``."""
     group = parser.add_argument_group("codes changed afterwards (see precal compensate)")
     group.add_argument("--compensate", action="store_true", help="compensate OUT with the defaults; needs --text")
-    group.add_argument("--text", metavar="FILE", help='text file, or .jsonl with a "text" field')
 
 
 def _count(text: str) -> int:
@@ -80,9 +79,8 @@ def _compensate(args: argparse.Namespace) -> int:
 
 def check_quantize(args: argparse.Namespace) -> None:
     """Raises RefusedError: the options of ``quantize`` do not fit together."""
-    if args.compensate != (args.text is not None):
-        given, missing = ("--compensate", "--text FILE") if args.compensate else ("--text", "--compensate")
-        raise RefusedError(f"quantize: {given} must come with {missing}, got none")
+    if args.compensate and args.text is None:
+        raise RefusedError("quantize: --compensate must come with --text FILE, got none")
     if args.compensate and not Path(args.text).is_file():
         raise RefusedError(f"{args.text}: must be a readable UTF-8 text file, got none there")
 

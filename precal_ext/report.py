@@ -29,6 +29,7 @@ class Entry:
     fusion_set: str | None = None
     settings: dict[str, Any] | None = None
     figures: Figures | None = None
+    calibration: dict[str, Any] | None = None  # tokens seen, relative errors of the outputs on them; or why not
 
     def to_record(self) -> dict[str, Any]:
         """Every field, infinities included, for the journal of an unfinished run."""
@@ -39,6 +40,12 @@ class Entry:
         figures = data["figures"]
         known = {"shape": tuple(data["shape"]), "figures": None if figures is None else Figures(**figures)}
         return cls(**{**data, **known})
+
+    def output_errors(self) -> str:
+        """Relative error of the outputs on the calibration text with these codes, and with the data-free ones."""
+        if self.calibration is None or "output_error" not in self.calibration:
+            return "-"
+        return f"{self.calibration['output_error']:.2e}, {self.calibration['output_error_before']:.2e}"
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -53,6 +60,8 @@ class Entry:
             data["settings"] = self.settings
             # JSON has no infinity: an exact tensor has sqnr_db null.
             data["figures"] = {k: v if math.isfinite(v) else None for k, v in self.figures.to_dict().items()}
+        if self.calibration is not None:
+            data["calibration"] = self.calibration
         return data
 
 
@@ -68,6 +77,8 @@ class Report:
     bytes_after: int = 0
     # SHA-256 of every tensor of the output by its name there (digest.sha256), for `precal verify`.
     digests: dict[str, str] = field(default_factory=dict)
+    # On which text, and how; None when no data was used.
+    calibration: dict[str, Any] | None = None
 
     @property
     def quantized(self) -> list[Entry]:
@@ -128,6 +139,7 @@ class Report:
         return {
             "precal_version": __version__,
             "config": self.config.to_dict(),
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             "summary": self.summary(),
             "notes": self.notes,
             "tensors": [e.to_dict() for e in self.entries],
@@ -139,17 +151,19 @@ class Report:
 
     def to_markdown(self) -> str:
         """The table of ``OUT/README.md``."""
+        more = "" if self.calibration is None else " output error, before |"
         lines = [
-            "| tensor | shape | bits | group | c | bits/weight | SQNR dB | KL nats |",
-            "|---|---|---|---|---|---|---|---|",
+            "| tensor | shape | bits | group | c | bits/weight | SQNR dB | KL nats |" + more,
+            "|---|---|---|---|---|---|---|---|" + ("---|" if more else ""),
         ]
         for e in self.quantized:
             f, s = e.figures, e.settings or {}
             assert f is not None
-            lines.append(
+            line = (
                 f"| `{e.tensor}` | {e.shape[0]} x {e.shape[1]} | {s['bits']} | {s['group_size']} | {s['c']} | "
                 f"{f.bits_per_weight:.3f} | {f.sqnr_db:.2f} | {f.kl_nats:.4f} |"
             )
+            lines.append(line + (f" {e.output_errors()} |" if more else ""))
         kept = self.left_alone()
         if kept:
             lines += [

@@ -44,6 +44,7 @@ class Recorded:
     sha256: Mapping[str, str]
     summary: Mapping[str, Any]
     notes: Sequence[str]
+    calibration: Mapping[str, Any]  # empty when no data was used
 
 
 def read_recorded(folder: Path) -> Recorded | None:
@@ -81,7 +82,7 @@ def read_recorded(folder: Path) -> Recorded | None:
     if not all(isinstance(value, str) for value in digests.values()):
         raise refuse("sha256 must map names to digests", digests)
     notes = [str(note) for note in each(list, "notes")]
-    return Recorded(figures, shapes, dtypes, digests, each(dict, "summary"), notes)
+    return Recorded(figures, shapes, dtypes, digests, each(dict, "summary"), notes, each(dict, "calibration"))
 
 
 def _figures(data: Any, refuse: Any) -> Figures:
