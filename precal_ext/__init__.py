@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from precal_ext._version import __version__
+from precal_ext.budget import BitPlan
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.config import ModelFormat, QuantizeConfig
 from precal_ext.convert import quantize_checkpoint
@@ -21,6 +22,7 @@ from precal_ext.inplace import dequantize_model, quantize_model
 from precal_ext.integrations.transformers import register_when_imported
 from precal_ext.linear import PrecalLinear, set_activations
 from precal_ext.model import load_quantized, save_quantized
+from precal_ext.planner import Candidates, plan_bits
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import Report
 from precal_ext.select import SelectionError
@@ -28,6 +30,8 @@ from precal_ext.select import SelectionError
 register_when_imported()
 
 __all__ = [
+    "BitPlan",
+    "Candidates",
     "CheckpointError",
     "ModelFormat",
     "PrecalLinear",
@@ -41,6 +45,7 @@ __all__ = [
     "export_checkpoint",
     "import_checkpoint",
     "load_quantized",
+    "plan_bits",
     "quantize_checkpoint",
     "quantize_model",
     "save_quantized",

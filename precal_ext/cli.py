@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -26,12 +25,15 @@ from precal_ext.console import (
     EXIT_REFUSED,
     EXIT_TERMINATED,
     RefusedError,
+    quiet_host,
     resolve_model,
     shown_progress,
     size_of,
     trimming,
 )
+from precal_ext.console import positive as _positive
 from precal_ext.interchange import add_commands
+from precal_ext.planning import add_command, add_options, plan_of
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
 MOST_SHOWN = 20  # messages of verify; --json has all
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     q = command("quantize", _quantize, "quantize a model directory or hub name without data")
     q.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
     q.add_argument("out", metavar="OUT", help="new directory for the quantized model")
+    add_options(q)
     _config_options(q)
     q.add_argument("--overwrite", action="store_true", help="replace OUT, and forget an unfinished run")
     q.add_argument(
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
     r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
     add_commands(command)
+    add_command(command, _config_options, _config)
     return parser
 
 
@@ -157,12 +161,6 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
 
 def _one_of(names: Sequence[str]) -> str:
     return f"one of {', '.join(names)} (default {names[0]})"
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
-    return int(text)
 
 
 def _not_negative(text: str) -> float:
@@ -207,15 +205,19 @@ def _quantize(args: argparse.Namespace) -> int:
 
 def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], team: Any) -> int:
     from precal_ext import estimate
+    from precal_ext.budget import plan_as_chosen
     from precal_ext.checkpoint import MAX_SHARD_BYTES
     from precal_ext.convert import EXPERTS_NOTE, load_lines, plan_quantization, run_plan
     from precal_ext.staging import folder_of
 
     processes = 1 if team is None else team.size
-    config = _config(args)
-    max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
-    model = resolve_model(args.model)
-    plan = plan_quantization(model, args.out, config, max_shard_bytes=max_shard_bytes, tensor_parallel=args.tp)
+    config, model = _config(args), resolve_model(args.model)
+    how = {"max_shard_bytes": args.max_shard_size or MAX_SHARD_BYTES, "tensor_parallel": args.tp}
+    chosen = plan_of(args, model, config)
+    if chosen is None:
+        plan = plan_quantization(model, args.out, config, **how)
+    else:
+        plan = plan_as_chosen(model, args.out, chosen, **how)
     if args.dry_run:
         cost = estimate.estimate(plan, processes)
         if args.json:
@@ -263,18 +265,6 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     return EXIT_OK
 
 
-def _quiet_host() -> None:
-    """transformers' own bars and notices do not belong in the output of these commands."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        from transformers.utils import logging as hf_logging
-    except ImportError:
-        return
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-
-
 def _error(stderr: float | None, digits: int) -> str:
     return "" if stderr is None else f" +/- {stderr:.{digits}f}"
 
@@ -282,7 +272,7 @@ def _error(stderr: float | None, digits: int) -> str:
 def _eval(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
-    _quiet_host()
+    quiet_host()
     model, tokenizer = ev.load(args.model)
     reference = None
     if args.reference is not None:
@@ -305,7 +295,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
-    _quiet_host()
+    quiet_host()
     model, tokenizer = ev.load(args.model)
     result = ev.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
     if args.json:
@@ -342,7 +332,7 @@ def _demo(args: argparse.Namespace) -> int:
     from precal_ext.config import QuantizeConfig
     from precal_ext.convert import quantize_checkpoint
 
-    _quiet_host()
+    quiet_host()
     if args.model is None and not (DEMO / "llama-6m").is_dir():
         raise RefusedError("demo: MODEL must be given, the embedded one comes with the source tree only")
     model = DEMO / "llama-6m" if args.model is None else resolve_model(args.model)
@@ -392,7 +382,7 @@ def _verify(args: argparse.Namespace) -> int:
     from precal_ext.survey import printable
     from precal_ext.verify import verify
 
-    _quiet_host()
+    quiet_host()
     original = None if args.original is None else resolve_model(args.original)
     result = verify(Path(args.model), original)
     code = EXIT_OK if result.sound else EXIT_REFUSED
@@ -434,13 +424,15 @@ def _inspect(args: argparse.Namespace) -> int:
 
     width = max(len(survey.printable(row.tensor)) for row in rows)
     print(f"{'tensor':{width}} {'shape':>13} {'bits':>4} {'group':>6} {'c':>2} ", end="")
-    print(f"{'alpha':>8} {'SQNR dB':>8} {'KL nats':>8} {'bits/w':>7}")
+    planned = any(row.planned for row in rows)
+    print(f"{'alpha':>8} {'SQNR dB':>8} {'KL nats':>8} {'bits/w':>7}" + planned * f" {'cost':>6}  planned")
     for row in [*rows, total]:
         shape = f"{row.N} x {row.K}" if row is not total else f"{row.weights:,}"
         settings = f"{row.bits:>4} {row.group_size:>6} {row.c:>2}" if row is not total else " " * 14
         print(
             f"{survey.printable(row.tensor):{width}} {shape:>13} {settings} {number(row.alpha, 6):>8} "
             f"{number(row.sqnr_db, 2):>8} {number(row.kl_nats, 4):>8} {row.bits_per_weight:>7.3f}"
+            + (survey.why(row) if planned else "")
         )
     return EXIT_OK
 
@@ -454,7 +446,7 @@ def _report(args: argparse.Namespace) -> int:
         raise RefusedError(f"{page}: must be a file that ends in .html")
     if args.text is not None and args.original is None:
         raise RefusedError("report: --text needs --original MODEL, to compare the loss with")
-    _quiet_host()
+    quiet_host()
     original = None if args.original is None else resolve_model(args.original)
     loss = None
     content = html_report.gather(Path(args.model), original)

@@ -68,6 +68,8 @@ class Report:
     bytes_after: int = 0
     # SHA-256 of every tensor of the output by its name there (digest.sha256), for `precal verify`.
     digests: dict[str, str] = field(default_factory=dict)
+    # ``BitPlan.summary`` of the plan that chose the settings, None without one.
+    plan: Mapping[str, Any] | None = None
 
     @property
     def quantized(self) -> list[Entry]:
@@ -130,6 +132,7 @@ class Report:
             "config": self.config.to_dict(),
             "summary": self.summary(),
             "notes": self.notes,
+            **({} if self.plan is None else {"plan": self.plan}),
             "tensors": [e.to_dict() for e in self.entries],
             "sha256": self.digests,
         }

@@ -58,6 +58,9 @@ ORDER = [
     "weights",
     "packed",
     "plan",
+    "allocation",
+    "distortion",
+    "budget",
     "convert",
     "rewrite",
     "importing",
@@ -68,6 +71,8 @@ ORDER = [
     "model",
     "inplace",
     "evaluate",
+    "sensitivity",
+    "planner",
     "bench_worker",
     "bench",
     "survey",
@@ -79,6 +84,7 @@ ORDER = [
     "__init__",  # re-exports; nobody before it may import from the package itself
     "console",
     "interchange",
+    "planning",
     "cli",
     "__main__",
 ]

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""What planning under a budget brings: KLD of plans beside every uniform setting, and predicted beside measured loss.
+
+    python bench/plan.py [--models llama-6m ...] [--limit 60] [--out bench/results/plan.jsonl]
+    python bench/plan.py --missing         # go on after a stop
+    python bench/plan.py --only '^plan'    # the rows of these formats again
+
+Sensitivities are fitted on the calibration texts of ../shared and everything is measured on the evaluation texts; both
+domains of llama-6m are crossed. Every row is a model with W' in float32 in place of its linear weights. `predicted` is
+the sum of a_l t_l^2 with the errors that the row has, by the text that a_l was fitted on. `bench/report.py` makes
+the tables and the picture of docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import Remembered
+from recipes import ROOT, SHARED, facts
+from rows import Results, Row, add_arguments
+
+from precal_ext import Candidates, QuantizeConfig, Report, dequantize_model, plan_bits, quantize_model, sensitivity
+from precal_ext.distortion import planned_sets, weights_of
+from precal_ext.evaluate import evaluate, load, read_windows
+from precal_ext.plan import plan_quantization
+from precal_ext.planner import WINDOWS
+
+# model -> texts that a_l is fitted on, and texts that are measured
+CASES = {
+    "llama-6m": (("books_calib.txt", "python_calib.txt"), ("books_eval.txt", "python_eval.txt")),
+    "TinyStories-656K": (("stories_calib.jsonl",), ("stories_eval.jsonl",)),
+    "stories260K": (("stories_calib.jsonl",), ("stories_eval.jsonl",)),
+}
+TARGETS = (3.25, 3.6, 4.0)
+WAYS = {
+    "3 and 4 bits": Candidates(),
+    "2 to 6 bits": Candidates(widths=(2, 3, 4, 5, 6)),
+}
+UNIFORM = [(b, g, c) for b in (2, 3, 4) for g in (16, 32, 64, 128, 256) for c in (0, 1, 2, 3, 4)]
+
+
+def formats(targets: list[float], fits: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name of a row, and what it is made with."""
+    for b, g, c in UNIFORM:
+        yield f"uniform {b} bits g{g}, c = {c}", {"config": {"bits": b, "group_size": g, "c": c}}
+    for target in targets:
+        for way, within in WAYS.items():
+            for fit in (None, *fits):
+                yield f"plan {target:g}, {way}, {fit or 'no text'}", {"target": target, "within": within, "fit": fit}
+
+
+def fitted(results: Results, name: str, folder: Path, text: str) -> Row:
+    """a_l of every set on a text, made once and kept as a row of the file."""
+    key = {"model": name, "text": text, "format": "sensitivity"}
+    old = results.rows.get(results.of(key))
+    if old is not None and not results.wants(key):
+        return old
+    model, tokenizer = load(folder)
+    windows = read_windows(tokenizer, SHARED / "data" / text, 256, WINDOWS)
+    sets = planned_sets(plan_quantization(folder, "/dev/null"))
+    started = time.perf_counter()
+    made = sensitivity.fit(model.float(), windows, {n: [job.module for job in jobs] for n, jobs in sets.items()})
+    row = {
+        **key, "source": "precal", "a": dict(made.a), "stderr": dict(made.stderr), "kld": dict(made.kld),
+        "weights": {n: weights_of(jobs) for n, jobs in sets.items()},
+        "levels": list(made.levels), "tokens": made.tokens, "seconds": time.perf_counter() - started,
+        "passes": sensitivity.passes(len(sets)), **facts("bench/plan.py"),
+    }  # fmt: skip
+    results.put(row)
+    print(f"{name} {text}: sensitivities in {row['seconds']:.0f} s", flush=True)
+    return row
+
+
+def predicted(report: Report, a: Mapping[str, float]) -> float:
+    """Sum of a_l t_l^2 with the errors of a report."""
+    errors: dict[str, list[tuple[int, float]]] = {}
+    for e in report.quantized:
+        if e.figures is not None and e.fusion_set is not None:
+            errors.setdefault(e.fusion_set, []).append((math.prod(e.shape), e.figures.noise / e.figures.power))
+    return math.fsum(a[name] * sum(n * t for n, t in v) / sum(n for n, _ in v) for name, v in errors.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
+    parser.add_argument("--limit", type=int, default=60, help="windows of 256 tokens per text")
+    add_arguments(parser, ROOT / "bench" / "results" / "plan.jsonl")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    results = Results(args, ("model", "text", "format"))
+    for name in args.models:
+        fit_texts, texts = CASES[name]
+        folder = SHARED / "models" / name
+        fits = {text: fitted(results, name, folder, text) for text in fit_texts}
+        reference, tokenizer = load(folder)
+        reference = reference.float()
+        remembered = Remembered(reference)
+        windows = {text: read_windows(tokenizer, SHARED / "data" / text, 256, args.limit) for text in texts}
+        for label, how in formats(args.targets, fits):
+            keys: list[Row] = [{"model": name, "text": text, "format": label} for text in texts]
+            if not results.wants(*keys):
+                continue
+            if "config" in how:
+                config = QuantizeConfig(**how["config"])
+            else:
+                text = how["fit"]
+                options = {} if text is None else {"text": SHARED / "data" / text, "fitted": fits[text]["a"]}
+                config = plan_bits(folder, how["target"], within=how["within"], **options).config()
+            model = copy.deepcopy(reference)
+            report = quantize_model(model, config)
+            dequantize_model(model, torch.float32)
+            expected = {text: predicted(report, fit["a"]) for text, fit in fits.items()}
+            for key in keys:
+                figures = evaluate(model, windows[key["text"]], remembered).to_dict()
+                head = {**key, "source": "precal", "bits_per_weight": report.bits_per_weight, "sqnr_db": report.sqnr_db}
+                chosen = {"target": how.get("target"), "fit": how.get("fit"), "predicted": expected}
+                results.put({**head, **chosen, **figures, **facts("bench/plan.py")})
+                kld = f"{figures['kld_nats']:.5f}"
+                print(f"{name:18}{key['text']:20}{label:52}{report.bits_per_weight:7.4f}{kld:>10}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
