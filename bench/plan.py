@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What planning under a budget brings: KLD of plans beside every uniform setting, and predicted beside measured loss.
 
-    python bench/plan.py [--models llama-6m ...] [--limit 60] [--out bench/results/plan.jsonl]
+    python bench/plan.py [--models llama-6m ...] [--limit 40] [--out bench/results/plan.jsonl]
     python bench/plan.py --missing         # go on after a stop
     python bench/plan.py --only '^plan'    # the rows of these formats again
 
@@ -17,7 +17,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,19 @@ from quality import Remembered
 from recipes import ROOT, SHARED, facts
 from rows import Results, Row, add_arguments
 
-from precal_ext import Candidates, QuantizeConfig, Report, dequantize_model, plan_bits, quantize_model, sensitivity
-from precal_ext.distortion import planned_sets, weights_of
+from precal_ext import (
+    Candidates,
+    QuantizeConfig,
+    Report,
+    dequantize_model,
+    plan_bits,
+    planner,
+    quantize_model,
+    sensitivity,
+)
+from precal_ext.distortion import Point, Setting, measure_points, planned_sets, stored_bits, weights_of
 from precal_ext.evaluate import evaluate, load, read_windows
-from precal_ext.plan import plan_quantization
+from precal_ext.plan import Job, plan_quantization
 from precal_ext.planner import WINDOWS
 
 # model -> texts that a_l is fitted on, and texts that are measured
@@ -43,13 +52,27 @@ WAYS = {
     "3 and 4 bits": Candidates(),
     "2 to 6 bits": Candidates(widths=(2, 3, 4, 5, 6)),
 }
-UNIFORM = [(b, g, c) for b in (2, 3, 4) for g in (16, 32, 64, 128, 256) for c in (0, 1, 2, 3, 4)]
+UNIFORM = [Setting(b, g, c) for b in (2, 3, 4) for g in (16, 32, 64, 128, 256) for c in (0, 1, 2, 3, 4)]
+NEAREST = 6  # uniform settings that are measured below each target; docs/quality.md shows that fewer bits lose more
 
 
-def formats(targets: list[float], fits: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def uniform_settings(folder: Path, targets: list[float]) -> list[Setting]:
+    """Those with most bits at or below each target."""
+    sets = planned_sets(plan_quantization(folder, "/dev/null"))
+    weights = sum(weights_of(jobs) for jobs in sets.values())
+    bits = {s: sum(stored_bits(j, s.config(QuantizeConfig())) for j in sets.values()) / weights for s in UNIFORM}
+    found: dict[Setting, None] = {}
+    for target in targets:
+        below = sorted((s for s in UNIFORM if bits[s] <= target), key=lambda s: -bits[s])
+        found |= dict.fromkeys(below[:NEAREST])
+    return list(found)
+
+
+def formats(folder: Path, targets: list[float], fits: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name of a row, and what it is made with."""
-    for b, g, c in UNIFORM:
-        yield f"uniform {b} bits g{g}, c = {c}", {"config": {"bits": b, "group_size": g, "c": c}}
+    for s in uniform_settings(folder, targets):
+        config = {"bits": s.bits, "group_size": s.group_size, "c": s.c}
+        yield f"uniform {s.bits} bits g{s.group_size}, c = {s.c}", {"config": config}
     for target in targets:
         for way, within in WAYS.items():
             for fit in (None, *fits):
@@ -87,14 +110,27 @@ def predicted(report: Report, a: Mapping[str, float]) -> float:
     return math.fsum(a[name] * sum(n * t for n, t in v) / sum(n for n, _ in v) for name, v in errors.items())
 
 
+class Points:
+    """``measure_points`` that measures each setting of a set once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Any, ...], Point] = {}
+
+    def __call__(self, members: Sequence[Job], settings: Mapping[Setting, QuantizeConfig]) -> list[Point]:
+        names = tuple((job.info.file, job.info.name) for job in members)
+        new = {setting: config for setting, config in settings.items() if (names, setting) not in self._seen}
+        self._seen |= {(names, point.setting): point for point in measure_points(members, new)}
+        return [self._seen[names, setting] for setting in settings]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS))
-    parser.add_argument("--limit", type=int, default=60, help="windows of 256 tokens per text")
+    parser.add_argument("--limit", type=int, default=40, help="windows of 256 tokens per text")
     add_arguments(parser, ROOT / "bench" / "results" / "plan.jsonl")
     args = parser.parse_args()
-    torch.manual_seed(0)
+    planner.measure_points = Points()  # every plan of a model measures the same
     results = Results(args, ("model", "text", "format"))
     for name in args.models:
         fit_texts, texts = CASES[name]
@@ -104,7 +140,7 @@ def main() -> None:
         reference = reference.float()
         remembered = Remembered(reference)
         windows = {text: read_windows(tokenizer, SHARED / "data" / text, 256, args.limit) for text in texts}
-        for label, how in formats(args.targets, fits):
+        for label, how in formats(folder, args.targets, fits):
             keys: list[Row] = [{"model": name, "text": text, "format": label} for text in texts]
             if not results.wants(*keys):
                 continue

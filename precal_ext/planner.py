@@ -241,7 +241,8 @@ def _check_reach(
     widths = sorted({p.setting.bits for found in points.values() for p in found})
     if least <= target_bits <= most * 1.005:
         return
-    low, high = math.ceil(least * 1e3) / 1e3, math.floor(most * 1e3) / 1e3
+    low = math.ceil(least * 1e3) / 1e3
+    high = max(low, math.floor(most * 1e3) / 1e3)
     raise CheckpointError(
         f"plan: target_bits must lie in [{low:.3f}, {high:.3f}], what {', '.join(map(str, widths))} bits reach with at "
         f"least {within.min_sqnr_db:g} dB in every matrix, got {target_bits:g}; the nearest is "

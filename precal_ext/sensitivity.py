@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.evaluate import batches, log_probabilities
+from precal_ext.measure import sum_squares
 from precal_ext.sites import find_sites
 
 # Where the errors of 4 and 3 bits lie, and one below and above: t^2 from 25 to 16 dB. KLD is quadratic in the error
 # there; at ten times as much it no longer is.
 LEVELS = (0.003, 0.006, 0.012, 0.025)
+GROUP = 64  # columns whose noise is equally large
 MIN_TOKENS = 256
 
 # (weight [N, K] float32, t^2, generator) -> the weight with an error of that relative size
@@ -44,14 +46,20 @@ class Sensitivities:
     tokens: int
 
 
-def gaussian(w: Tensor, level: float, generator: torch.Generator) -> Tensor:
-    """``w`` with independent Gaussian noise whose squared norm is ``level`` times that of ``w``, exactly."""
-    noise = torch.randn(w.shape, generator=generator)
-    return w + noise * math.sqrt(level * _squares(w) / _squares(noise))
+def like_quantization(w: Tensor, level: float, generator: torch.Generator) -> Tensor:
+    """``w`` with Gaussian noise whose squared norm is ``level`` times that of ``w``, exactly.
+
+    As errors of quantization are, it is as large as the weights around it, in groups of GROUP columns.
+    """
+    squares = nn.functional.pad(w.double().square(), (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    rms = squares.sum(2).sqrt().float().repeat_interleave(GROUP, 1)[:, : w.shape[1]]
+    noise = torch.randn(w.shape, generator=generator) * rms
+    power = _squares(noise)
+    return w + noise * math.sqrt(level * _squares(w) / power) if power else w
 
 
 def _squares(x: Tensor) -> float:
-    return float(x.double().square().sum())
+    return sum_squares(x.double())
 
 
 def passes(sets: int, levels: Sequence[float] = LEVELS) -> int:
@@ -66,7 +74,7 @@ def fit(
     sets: Mapping[str, Sequence[str]],
     *,
     levels: Sequence[float] = LEVELS,
-    disturb: Disturb = gaussian,
+    disturb: Disturb = like_quantization,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivities:
@@ -123,11 +131,12 @@ def fit(
     a, stderr = {}, {}
     for name, values in kld.items():
         # The luck of a noise moves KLD by a share of itself: ratios have equal weight.
-        ratios = [max(0.0, value) / level for value, level in zip(values, levels, strict=True)]
-        a[name] = math.fsum(ratios) / len(ratios)
-        if not math.isfinite(a[name]):
-            raise CheckpointError(f"plan: the loss on the text must be finite, got {a[name]} with noise in {name}")
-        squares = math.fsum((r - a[name]) ** 2 for r in ratios)
+        ratios = [value / level for value, level in zip(values, levels, strict=True)]
+        mean = math.fsum(ratios) / len(ratios)
+        if not math.isfinite(mean):
+            raise CheckpointError(f"plan: the loss on the text must be finite, got {mean} with noise in {name}")
+        a[name] = max(0.0, mean)
+        squares = math.fsum((r - mean) ** 2 for r in ratios)
         stderr[name] = math.sqrt(squares / max(1, len(ratios) - 1) / len(ratios))
     return Sensitivities(a, stderr, kld, tuple(levels), tokens)
 

@@ -105,38 +105,36 @@ def test_the_best_step() -> None:
 def test_many_items_take_seconds_and_nearly_all_of_the_budget() -> None:
     rng = random.Random(0)
     items: Items = []
-    for _ in range(400):
-        size, hard = rng.randrange(10**6, 10**8), rng.uniform(0.5, 2)
+    for _ in range(120):
+        size, hard = rng.randrange(10**6, 10**8), 10 ** rng.uniform(-1.5, 1.5)
         items.append([(size * bits + rng.randrange(1000), hard * size * 4.0**-bits) for bits in (2, 3, 4, 5, 6)])
     budget = sum(options[2][0] for options in items)
     chosen = allocate(items, budget)
     assert 0.9999 * budget <= cost(items, chosen) <= budget
-    # The price of a bit is the same everywhere, as far as whole bits allow: no exchange of two steps gains.
-    ups = [
-        (options[i][1] - options[i + 1][1]) / options[i][0] for options, i in zip(items, chosen, strict=True) if i < 4
-    ]
-    downs = [(options[i - 1][1] - options[i][1]) / options[i][0] for options, i in zip(items, chosen, strict=True) if i]
-    assert max(ups) < 1.7 * min(downs)
+    # Lagrange's bound: no choice within the budget has less.
+    prices = [1e-3 * 1.02**i for i in range(300)]
+    bound = max(sum(min(value + p * c for c, value in options) for options in items) - p * budget for p in prices)
+    assert bound * (1 - 1e-9) <= loss(items, chosen) <= 1.002 * bound
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_weights_equalise_the_error(seed: int) -> None:
     """Loss n t^2 with t^2 = h 4^-bits in fine steps: whatever its size and hardness, every set ends at one SQNR."""
     rng = random.Random(seed)
-    sets = [(rng.randrange(1, 9) * 10**4, rng.uniform(0.3, 3.0)) for _ in range(12)]
-    widths = [2 + i / 64 for i in range(64 * 4 + 1)]
+    sets = [(rng.randrange(1, 9) * 1024, rng.uniform(0.3, 3.0)) for _ in range(12)]
+    widths = [2 + i / 8 for i in range(33)]  # a step is 0.75 dB
     items = [[(round(n * b), n * h * 4.0**-b) for b in widths] for n, h in sets]
     chosen = allocate(items, round(3.6 * sum(n for n, _ in sets)))
     decibels = [-10 * math.log10(items[i][k][1] / n) for i, ((n, _), k) in enumerate(zip(sets, chosen, strict=True))]
     spread = [-10 * math.log10(h) for _, h in sets]
     assert max(spread) - min(spread) > 5
-    assert max(decibels) - min(decibels) < 0.25
+    assert max(decibels) - min(decibels) < 1.1
 
 
 def test_a_sensitive_set_gets_a_higher_sqnr_by_its_sensitivity() -> None:
     """d loss / d bit is a n t^2: where a is four times as large, t^2 ends at a quarter, 6 dB higher."""
-    widths = [2 + i / 64 for i in range(64 * 4 + 1)]
-    items = [[(round(1e4 * b), a * 1e4 * 4.0**-b) for b in widths] for a in (1.0, 4.0, 1.0, 1.0)]
-    chosen = allocate(items, round(3.5 * 4e4))
+    widths = [2 + i / 8 for i in range(33)]  # a step is 0.75 dB
+    items = [[(round(1024 * b), a * 1024 * 4.0**-b) for b in widths] for a in (1.0, 4.0, 1.0, 1.0)]
+    chosen = allocate(items, round(3.5 * 4096))
     decibels = [-10 * math.log10(4.0 ** -widths[k]) for k in chosen]
-    assert decibels[1] - decibels[0] == pytest.approx(6.02, abs=0.25)
+    assert decibels[1] - decibels[0] == pytest.approx(6.02, abs=1.1)
