@@ -14,7 +14,7 @@ TARGET = 0.90
 
 
 def measured(data: list[Row]) -> list[Row]:
-    return [r for r in data if r["format"] != "sensitivity"]
+    return [r for r in data if not r["format"].startswith("sensitivity")]
 
 
 def of(data: list[Row], panel: tuple[str, str]) -> list[Row]:
@@ -97,10 +97,10 @@ def sensitivity_table(data: list[Row]) -> str:
         "width.",
         "",
     ]
-    fits = [r for r in data if r["format"] == "sensitivity"]
+    fits = [r for r in data if r["format"] == "sensitivity by gradients"]
     kinds = list(dict.fromkeys(kind(name) for r in fits for name in r["a"]))
     lines += [
-        "| model, text | passes, tokens, s | " + " | ".join(kinds) + " | gain |",
+        "| model, text | tokens, CPU s | " + " | ".join(kinds) + " | gain |",
         "|---|---|" + "---|" * len(kinds) + "---|",
     ]
     for r in fits:
@@ -112,8 +112,32 @@ def sensitivity_table(data: list[Row]) -> str:
             cells.append(f"{values[0]:.2f}, {values[len(values) // 2]:.2f}, {values[-1]:.2f}" if values else "-")
         whole = sum(r["weights"].values())
         gain = math.exp(math.fsum(r["weights"][n] * math.log(max(v, 1e-9)) for n, v in relative.items()) / whole)
-        cost = f"{r['passes']}, {r['tokens']}, {r['seconds']:.0f}"
+        cost = f"{r['tokens']}, {r['seconds']:.1f}"
         lines.append(f"| {r['model']}, {domain(r['text'])} | {cost} | " + " | ".join(cells) + f" | {gain:.2f} |")
+    return "\n".join(lines)
+
+
+def ways_table(data: list[Row]) -> str:
+    """Noise beside gradients."""
+    lines = [
+        "a_l by noise over a_l by gradients: mean over the sets weighted by a_l, and the standard deviation of single",
+        "sets; the errors that each says it has; CPU seconds of one thread.",
+        "",
+        "| model, text | sets | noise / gradients | said by noise | by gradients | s by noise | by gradients |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for noise in (r for r in data if r["format"] == "sensitivity by noise"):
+        key = (noise["model"], noise["text"], "sensitivity by gradients")
+        other = next(r for r in data if (r["model"], r["text"], r["format"]) == key)
+        names = list(noise["a"])
+        ratios = [noise["a"][n] / other["a"][n] for n in names]
+        whole = sum(noise["a"].values()) / sum(other["a"].values())
+        spread = math.sqrt(sum((r - whole) ** 2 for r in ratios) / max(1, len(ratios) - 1))
+        said = [sum(r["stderr"][n] / r["a"][n] for n in names) / len(names) for r in (noise, other)]
+        lines.append(
+            f"| {noise['model']}, {domain(noise['text'])} | {len(names)} | {whole:.2f}, {spread:.2f} | "
+            f"{said[0]:.0%} | {said[1]:.0%} | {noise['seconds']:.1f} | {other['seconds']:.1f} |"
+        )
     return "\n".join(lines)
 
 

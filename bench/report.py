@@ -19,7 +19,7 @@ from pathlib import Path
 from faults_table import faults_table
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
-from planned import fidelity_table, sensitivity_table, targets_table
+from planned import fidelity_table, sensitivity_table, targets_table, ways_table
 from quantizing import quantizing_section
 from rows import Row, in_panel, ours, panels, source
 
@@ -385,6 +385,7 @@ def main() -> None:
         for name, made in (
             ("targets", targets_table),
             ("sensitivity", sensitivity_table),
+            ("ways", ways_table),
             ("fidelity", fidelity_table),
         ):
             text = replace(text, name, made(planned))

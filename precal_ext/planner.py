@@ -39,6 +39,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 CAPACITIES = (0, 1, 2, 4)
 MIN_SQNR_DB = 9.0  # below it a matrix is noise: "catastrophic" in MINT's words
 WINDOWS = 16  # of the text
+FITS = ("gradients", "noise")  # how a_l is fitted on it
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +65,7 @@ class Candidates:
 
 
 def request_of(
-    target_bits: float, text: str | Path | None, windows: int, within: Candidates, tensor_parallel: int
+    target_bits: float, text: str | Path | None, windows: int, fit: str, within: Candidates, tensor_parallel: int
 ) -> dict[str, Any]:
     """The question that a plan answers, in JSON."""
     file = None
@@ -73,7 +74,7 @@ def request_of(
             data = Path(text).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{text}: must be a readable text file, got: {error.strerror}") from None
-        file = {"name": Path(text).name, "sha256": hashlib.sha256(data).hexdigest(), "windows": windows}
+        file = {"name": Path(text).name, "sha256": hashlib.sha256(data).hexdigest(), "windows": windows, "fit": fit}
     ways: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(within).items()}
     return {"target_bits": target_bits, "text": file, "tensor_parallel": tensor_parallel, **ways}
 
@@ -85,6 +86,7 @@ def plan_bits(
     *,
     text: str | Path | None = None,
     windows: int = WINDOWS,
+    fit: str = FITS[0],
     fitted: Mapping[str, float] | None = None,
     within: Candidates | None = None,
     tensor_parallel: int = 1,
@@ -100,6 +102,7 @@ def plan_bits(
         target_bits: per weight of the planned sets together. An output head that ``lm_head`` names is none of them.
         config: recipe precal; its bits, group_size and c do not count.
         windows: of 256 tokens, or documents of a .jsonl file, at most, that a_l is fitted on.
+        fit: "gradients", or "noise", which takes many times as long and comes to the same (docs/planning.md).
         fitted: a_l by set, of another plan for this model and text (``BitPlan.sensitivities``), not to fit it again.
         within: what a set may get.
         progress: called with what is being done, and how much of how much.
@@ -108,8 +111,8 @@ def plan_bits(
         ValueError: a setting cannot be planned with.
     """
     config, within = config or QuantizeConfig(), within or Candidates()
-    _check(target_bits, config)
-    request = request_of(float(target_bits), text, windows, within, tensor_parallel)
+    _check(target_bits, config, fit)
+    request = request_of(float(target_bits), text, windows, fit, within, tensor_parallel)
     plan = plan_quantization(model, os.devnull, config)
     sets = planned_sets(plan)
     weights = {name: weights_of(members) for name, members in sets.items()}
@@ -126,7 +129,7 @@ def plan_bits(
         whole = sum(weights.values())
         a = {name: n / whole for name, n in weights.items()}
     else:
-        a = dict(fitted or _fitted(plan, sets, Path(text), windows, progress))
+        a = dict(fitted or _fitted(plan, sets, Path(text), windows, fit, progress))
     if a.keys() != sets.keys() or not all(0 <= value < math.inf for value in a.values()):
         raise ValueError(f"plan: fitted must have a number >= 0 for each of {len(sets)} sets, got {a}")
     a = {name: rounded(a[name]) for name in sets}
@@ -161,10 +164,12 @@ def plan_begun(
     return plan if plan.settings == _plain(config) and plan.digest == model_digest(model) else None
 
 
-def _check(target_bits: Any, config: QuantizeConfig) -> None:
+def _check(target_bits: Any, config: QuantizeConfig, fit: str) -> None:
     good = isinstance(target_bits, (int, float)) and not isinstance(target_bits, bool)
     if not good or not 0 < target_bits < math.inf:
         raise ValueError(f"plan: target_bits must be a finite number > 0, got {target_bits!r}")
+    if fit not in FITS:
+        raise ValueError(f"plan: fit must be one of {', '.join(FITS)}, got {fit!r}")
     if config.recipe != "precal":
         raise ValueError(f"plan: recipe must be precal, the others have nothing to choose, got {config.recipe}")
     if config.overrides:
@@ -251,7 +256,12 @@ def _check_reach(
 
 
 def _fitted(
-    plan: Plan, sets: Mapping[str, Sequence[Job]], text: Path, windows: int, progress: Progress | None
+    plan: Plan,
+    sets: Mapping[str, Sequence[Job]],
+    text: Path,
+    windows: int,
+    fit: str,
+    progress: Progress | None,
 ) -> Mapping[str, float]:
     model, tokenizer = load(plan.model)
     model = model.to(torch.float32)
@@ -259,7 +269,8 @@ def _fitted(
     names = plan.found.model_names
     modules = {name: [names.get(job.module, job.module) for job in members] for name, members in sets.items()}
     told = None if progress is None else lambda done, total: progress("fitted", done, total)
-    return sensitivity.fit(model, parts, modules, progress=told).a
+    way = sensitivity.fit if fit == "noise" else sensitivity.by_gradients
+    return way(model, parts, modules, progress=told).a
 
 
 def _options(found: Sequence[Point], weights: int, a: float) -> list[tuple[Point, Option]]:

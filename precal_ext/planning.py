@@ -16,7 +16,7 @@ from precal_ext.console import EXIT_OK, RefusedError, positive, quiet_host, reso
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 # Options that belong to the choice of bits: nothing without --target-bits.
-_KNOBS = ("text", "windows", "widths", "min_sqnr")
+_KNOBS = ("text", "windows", "fit", "widths", "min_sqnr")
 # What a plan's file has of its own, by the names of their options.
 _SETTINGS = {
     "bits": "--bits", "recipe": "--recipe", "group_size": "--group-size", "c": "--outliers", "grid": "--grid",
@@ -49,6 +49,7 @@ def _choosing(parser: argparse.ArgumentParser, required: bool) -> None:
         "--target-bits", type=float, metavar="B", required=required, help="stored bits per weight, everything counted"
     )
     group.add_argument("--text", metavar="FILE", help="fit on this text, or .jsonl, which weights mind errors most")
+    group.add_argument("--fit", choices=("gradients", "noise"), help="how (default gradients; noise takes longer)")
     group.add_argument("--windows", type=positive, metavar="N", help="windows of the text that are used (default 16)")
     group.add_argument(
         "--widths", type=int, nargs="+", metavar="N", choices=range(2, 9),
@@ -83,7 +84,7 @@ def plan_of(args: argparse.Namespace, model: Path, config: Any) -> Any:
 
 def _make(args: argparse.Namespace, model: Path, config: Any, begun: Path | None) -> Any:
     """A plan for ``--target-bits``; of an unfinished run of ``begun`` the one it had."""
-    from precal_ext.planner import WINDOWS, Candidates, plan_begun, plan_bits, request_of
+    from precal_ext.planner import FITS, WINDOWS, Candidates, plan_begun, plan_bits, request_of
 
     for name in ("bits", "group_size", "c"):
         if getattr(args, name) is not None:
@@ -92,15 +93,15 @@ def _make(args: argparse.Namespace, model: Path, config: Any, begun: Path | None
         quiet_host()
     known = {} if args.min_sqnr is None else {"min_sqnr_db": args.min_sqnr}
     within = Candidates(widths=None if args.widths is None else tuple(sorted(set(args.widths))), **known)
-    windows = args.windows or WINDOWS
+    windows, fit = args.windows or WINDOWS, args.fit or FITS[0]
     if begun is not None:
-        request = request_of(args.target_bits, args.text, windows, within, args.tp)
+        request = request_of(args.target_bits, args.text, windows, fit, within, args.tp)
         found = plan_begun(begun, model, config, request)
         if found is not None:
             return found
     with _shown(args.quiet) as progress:
         return plan_bits(
-            model, args.target_bits, config, text=args.text, windows=windows, within=within,
+            model, args.target_bits, config, text=args.text, windows=windows, fit=fit, within=within,
             tensor_parallel=args.tp, progress=progress,
         )  # fmt: skip
 
@@ -120,7 +121,7 @@ def _shown(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
             return
         printed = now
         left = f", {(now - started) * (total - done) / (done - 1):.0f} s left" if done > 1 else ""
-        unit = {"measured": "fusion sets", "fitted": "passes over the text"}[what]
+        unit = {"measured": "fusion sets", "fitted": "parts of the text"}[what]
         print(f"plan: {what} {done}/{total} {unit}{left}", file=sys.stderr, flush=True)
 
     yield None if quiet else show

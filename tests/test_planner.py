@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import forced_threads
 from crew import job
-from models import Run, altered, digests, save_tiny
+from models import DEMO, Run, altered, digests, save_tiny
 from test_resume import Interruption, stop_after
 
 from precal_ext import (
@@ -35,6 +35,7 @@ from precal_ext.staging import read_journal
 pytest.importorskip("transformers")
 pytest_plugins = ["package_fixtures"]
 
+DEMO_TEXT = DEMO.parent / "text.txt"
 FEW = Candidates(group_sizes=(16, 32), capacities=(0, 1))
 
 
@@ -199,6 +200,28 @@ def test_sensitivities_are_those_of_the_model(talking: Path, text: Path) -> None
     assert noisy.kld["all"][0] == pytest.approx(together, rel=0.3)  # losses add up
 
 
+def test_gradients_say_what_noise_measures(source: Any) -> None:
+    folder = source("llama-6m")
+    model, tokenizer = load(folder)
+    model = model.float()
+    windows = read_windows(tokenizer, DEMO_TEXT, 128, 8)
+    modules = {name: [j.module for j in jobs] for name, jobs in planned_sets(plan_quantization(folder, "x")).items()}
+    before = copy.deepcopy(model.state_dict())
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    seen: list[tuple[int, int]] = []
+    found = sensitivity.by_gradients(model, windows, modules, samples=4, progress=lambda *p: seen.append(p))
+    assert seen == [(n + 1, 8) for n in range(8)]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    noise = sensitivity.fit(model, windows, modules)
+    for name in modules:
+        assert found.a[name] == pytest.approx(noise.a[name], rel=0.4)
+    assert sum(found.a.values()) == pytest.approx(sum(noise.a.values()), rel=0.12)
+    again = sensitivity.by_gradients(model, windows, modules, samples=4)
+    assert again.a == found.a
+
+
 def test_the_same_text_gives_the_same_plan(talking: Path, text: Path, with_text: BitPlan) -> None:
     again = plan_bits(talking, 4.2, text=text, windows=2, within=FEW)
     assert again.record() == with_text.record()
@@ -232,8 +255,10 @@ def test_models_with_nan_are_refused_by_name(talking: Path, tiny: Path, text: Pa
     def norm(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] = math.nan
 
-    with pytest.raises(CheckpointError, match="the loss on the text must be finite, got nan"):
-        plan_bits(altered(talking, tmp_path / "norm", norm), 4.2, text=text, windows=2, within=FEW)
+    nothing = altered(talking, tmp_path / "norm", norm)
+    for fit in planner.FITS:
+        with pytest.raises(CheckpointError, match="the loss on the text must be finite, got nan"):
+            plan_bits(nothing, 4.2, text=text, windows=2, fit=fit, within=FEW)
 
     def weight(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = math.nan
@@ -285,6 +310,8 @@ def test_settings_that_cannot_be_planned(tiny: Path) -> None:
         plan_bits(tiny, 4, QuantizeConfig(recipe="rtn"))
     with pytest.raises(ValueError, match="overrides must be empty"):
         plan_bits(tiny, 4, QuantizeConfig(overrides={"o_proj": {"bits": 8}}))
+    with pytest.raises(ValueError, match="fit must be one of gradients, noise, got 'luck'"):
+        plan_bits(tiny, 4, fit="luck")
     with pytest.raises(ValueError, match="widths must not be empty"):
         Candidates(widths=())
     with pytest.raises(ValueError, match="min_sqnr_db must be a finite number"):
