@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Committed results -> docs/results.md, docs/sqnr.md, docs/performance.md, docs/quality.md with its plot; marked parts
-of README.md, docs/method.md, docs/reliability.md, docs/compensation.md and docs/calibration.md. Documents of results that
-are not there stay as they are; only docs/performance.md then says so.
+of README.md, docs/method.md, docs/planning.md (with its plot), docs/reliability.md, docs/compensation.md and
+docs/calibration.md. Documents of results that are not there stay as they are; only docs/performance.md then says so.
 
     python bench/report.py [--check]
 
@@ -21,6 +21,7 @@ from compensated import compensation_tables
 from faults_table import faults_table
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
+from planned import fidelity_table, sensitivity_table, targets_table, ways_table
 from quantizing import quantizing_section
 from rows import Row, in_panel, ours, panels, source
 
@@ -389,6 +390,17 @@ def main() -> None:
         for name, made in (("claim", claim_tables), ("damping", damping_table), ("text", length_table)):
             wanted[page] = replace(wanted[page], name, made(calibrated))
         wanted[page] = replace(wanted[page], "survivors", survivors_table(rows("survivors.jsonl")))
+    if planned := rows("plan.jsonl"):
+        page = docs / "planning.md"
+        text = page.read_text(encoding="utf-8")
+        for name, made in (
+            ("targets", targets_table),
+            ("sensitivity", sensitivity_table),
+            ("ways", ways_table),
+            ("fidelity", fidelity_table),
+        ):
+            text = replace(text, name, made(planned))
+        wanted[page] = text
     wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:
@@ -397,14 +409,15 @@ def main() -> None:
         return
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
-    if not quality:
-        return
+    from planned import plot_planned
     from plot import plot_quality
 
-    try:
-        plot_quality(quality, docs / "quality.png")
-    except ImportError as error:  # matplotlib
-        print(f"report: docs/quality.png is left as it is: {error}", file=sys.stderr)
+    for data, plot, name in ((quality, plot_quality, "quality.png"), (planned, plot_planned, "planning.png")):
+        try:
+            if data:
+                plot(data, docs / name)
+        except ImportError as error:  # matplotlib
+            print(f"report: docs/{name} is left as it is: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from precal_ext import waiting as _waiting  # noqa: F401  (before anything imports torch)
 from precal_ext._version import __version__
+from precal_ext.budget import BitPlan
 from precal_ext.calibrate import Calibration, calibrate_checkpoint
 from precal_ext.checkpoint import CheckpointError
 from precal_ext.compensate import CompensateConfig, compensate_model
@@ -25,6 +26,7 @@ from precal_ext.inplace import dequantize_model, quantize_model
 from precal_ext.integrations.transformers import register_when_imported
 from precal_ext.linear import PrecalLinear, set_activations
 from precal_ext.model import load_quantized, save_quantized
+from precal_ext.planner import Candidates, plan_bits
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import Report
 from precal_ext.select import SelectionError
@@ -32,7 +34,9 @@ from precal_ext.select import SelectionError
 register_when_imported()
 
 __all__ = [
+    "BitPlan",
     "Calibration",
+    "Candidates",
     "CheckpointError",
     "CompensateConfig",
     "ModelFormat",
@@ -50,6 +54,7 @@ __all__ = [
     "export_checkpoint",
     "import_checkpoint",
     "load_quantized",
+    "plan_bits",
     "quantize_checkpoint",
     "quantize_model",
     "save_quantized",

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from precal_ext import calibrating
+from precal_ext import calibrating, planning, recycling
 from precal_ext._version import __version__
 from precal_ext.console import (
     EXIT_INTERRUPTED,
@@ -33,8 +32,8 @@ from precal_ext.console import (
     size_of,
     trimming,
 )
+from precal_ext.console import positive as _positive
 from precal_ext.interchange import add_commands
-from precal_ext.recycling import add_command, add_options, after_quantize, check_quantize, is_unfinished
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
 MOST_SHOWN = 20  # messages of verify; --json has all
@@ -57,12 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     q = command("quantize", _quantize, "quantize a model directory or hub name without data")
     q.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
     q.add_argument("out", metavar="OUT", help="new directory for the quantized model")
-    _config_options(q)
     q.add_argument(
-        "--text", metavar="FILE", help='text file, or .jsonl with a "text" field, for --calibrate and --compensate'
+        "--text", metavar="FILE", help="text file, or .jsonl, for --target-bits, --calibrate and --compensate alone"
     )
+    planning.add_options(q)
+    _config_options(q)
     calibrating.add_options(q, _positive)
-    add_options(q)
+    recycling.add_options(q)
     q.add_argument("--overwrite", action="store_true", help="replace OUT, and forget an unfinished run")
     q.add_argument(
         "--max-shard-size", type=size_of, metavar="SIZE", help="bytes of a file of weights, as 5GB (default 50GB)"
@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
     r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
     add_commands(command)
-    add_command(command)
+    planning.add_command(command, _config_options, _config)
+    recycling.add_command(command)
     return parser
 
 
@@ -168,12 +169,6 @@ def _one_of(names: Sequence[str]) -> str:
     return f"one of {', '.join(names)} (default {names[0]})"
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
-    return int(text)
-
-
 def _not_negative(text: str) -> float:
     try:
         value = float(text)
@@ -208,28 +203,34 @@ def _quantize(args: argparse.Namespace) -> int:
     from precal_ext import ranks
     from precal_ext.convert import run_share
 
-    check_quantize(args)
-    if not is_unfinished(args):
+    if args.text is not None and args.target_bits is None and args.calibrate is None and not args.compensate:
+        raise RefusedError("quantize: --text must come with --target-bits, --calibrate or --compensate, got it alone")
+    recycling.check_quantize(args)
+    if not recycling.is_unfinished(args):
         trim = trimming()
         code = ranks.together(
             lambda team: _quantize_as_leader(args, trim, team), lambda team: run_share(args.model, team, trim)
         )
         if code != EXIT_OK or args.dry_run or not args.compensate or os.environ.get("RANK", "0") != "0":
             return code
-    return after_quantize(args)
+    return recycling.after_quantize(args)
 
 
 def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], team: Any) -> int:
     from precal_ext import estimate
+    from precal_ext.budget import plan_as_chosen
     from precal_ext.checkpoint import MAX_SHARD_BYTES
     from precal_ext.convert import EXPERTS_NOTE, load_lines, plan_quantization, run_plan
     from precal_ext.staging import folder_of
 
     processes = 1 if team is None else team.size
-    config = _config(args)
-    max_shard_bytes = args.max_shard_size or MAX_SHARD_BYTES
-    model = resolve_model(args.model)
-    plan = plan_quantization(model, args.out, config, max_shard_bytes=max_shard_bytes, tensor_parallel=args.tp)
+    config, model = _config(args), resolve_model(args.model)
+    how = {"max_shard_bytes": args.max_shard_size or MAX_SHARD_BYTES, "tensor_parallel": args.tp}
+    chosen = planning.plan_of(args, model, config)
+    if chosen is None:
+        plan = plan_quantization(model, args.out, config, **how)
+    else:
+        plan = plan_as_chosen(model, args.out, chosen, **how)
     plan, stage = calibrating.prepared(args, plan)
     if args.dry_run:
         cost = estimate.estimate(plan, processes)
@@ -440,13 +441,15 @@ def _inspect(args: argparse.Namespace) -> int:
 
     width = max(len(survey.printable(row.tensor)) for row in rows)
     print(f"{'tensor':{width}} {'shape':>13} {'bits':>4} {'group':>6} {'c':>2} ", end="")
-    print(f"{'alpha':>8} {'SQNR dB':>8} {'KL nats':>8} {'bits/w':>7}")
+    planned = any(row.planned for row in rows)
+    print(f"{'alpha':>8} {'SQNR dB':>8} {'KL nats':>8} {'bits/w':>7}" + planned * f" {'cost':>6}  planned")
     for row in [*rows, total]:
         shape = f"{row.N} x {row.K}" if row is not total else f"{row.weights:,}"
         settings = f"{row.bits:>4} {row.group_size:>6} {row.c:>2}" if row is not total else " " * 14
         print(
             f"{survey.printable(row.tensor):{width}} {shape:>13} {settings} {number(row.alpha, 6):>8} "
             f"{number(row.sqnr_db, 2):>8} {number(row.kl_nats, 4):>8} {row.bits_per_weight:>7.3f}"
+            + (survey.why(row) if planned else "")
         )
     for line in calibrating.recorded_lines(stored):
         print(line)

@@ -27,6 +27,13 @@ def size_of(text: str) -> int:
     return size
 
 
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
+    return int(text)
+
+
 class RefusedError(ValueError):
     """Input or output that cannot be used."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from precal_ext import pipeline
+from precal_ext.budget import BitPlan, plan_as_chosen
 from precal_ext.checkpoint import (
     MAX_SHARD_BYTES,
     CheckpointError,
@@ -82,6 +83,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     tensor_parallel: int = 1,
+    plan: BitPlan | str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Quantize a Hugging Face model directory without loading the model.
@@ -94,6 +96,7 @@ def quantize_checkpoint(
         model: directory with config.json and safetensors, single or sharded.
         out: a new or empty directory; ``overwrite`` replaces one with files, and forgets an unfinished run.
         tensor_parallel: make groups small enough that every weight can be cut into so many slices.
+        plan: of the bits of every fusion set (``plan_bits``), or the file it is in; it has the settings too.
         progress: called after every tensor.
     Returns:
         The report, also written to ``out/precal_report.json`` and, in short, to ``out/README.md``.
@@ -102,8 +105,13 @@ def quantize_checkpoint(
             version, or another process is at work on ``out``.  SelectionError: it is unclear what to quantize.
         ValueError: a weight is not finite, or a setting does not fit.  OSError: reading or writing failed.
     """
-    plan = plan_quantization(model, out, config, max_shard_bytes=max_shard_bytes, tensor_parallel=tensor_parallel)
-    return run_plan(plan, overwrite=overwrite, progress=progress)
+    if plan is not None and config is not None:
+        raise ValueError("quantize_checkpoint: config must be None with a plan, which has settings of its own")
+    how: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "tensor_parallel": tensor_parallel}
+    if plan is not None:
+        chosen = plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+        return run_plan(plan_as_chosen(model, out, chosen, **how), overwrite=overwrite, progress=progress)
+    return run_plan(plan_quantization(model, out, config, **how), overwrite=overwrite, progress=progress)
 
 
 class Stage(Protocol):
@@ -144,6 +152,11 @@ def run_plan(
     """
     started = time.monotonic()
     report = Report(plan.config, notes=[f"linear layers found by {plan.found.source}"])
+    begun = {**plan.header, "linears": plan.found.to_dict()}
+    if plan.planned is not None:
+        report.plan = plan.planned["summary"]
+        report.notes.append(_planned_note(plan.planned["summary"]))
+        begun["planned"] = plan.planned["document"]
     experts = sum(job.decision is None and is_expert(job.info.name) for job in plan.jobs)
     if experts:
         report.notes.append(f"{experts} {EXPERTS_NOTE.replace('weight', 'weights')}: most of this model stays as it is")
@@ -151,7 +164,7 @@ def run_plan(
     apart = sum(job.nbytes_out for job in plan.jobs if job.source is not None)
     if apart:
         report.notes.append(f"the output head has a weight of its own now, beside the embedding's: {apart:,} bytes")
-    work = Work(plan.out, {**plan.header, "linears": plan.found.to_dict()}, overwrite)
+    work = Work(plan.out, begun, overwrite)
     try:
         work.check_room(sum(plan.writer(work.new).sizes.values()) + (0 if stage is None else stage.disk_bytes))
         if announce is not None:
@@ -446,13 +459,20 @@ def load_lines(out: str) -> list[str]:
     ]
 
 
+def _planned_note(summary: Mapping[str, Any]) -> str:
+    by = "all weights count the same" if summary["text"] is None else f"sensitivities fitted on {summary['text']}"
+    return f"settings by a plan for {summary['target_bits']:g} bits per weight, {by}"
+
+
 def _data_used(report: Report) -> str:
-    c = report.calibration
+    c, text = report.calibration, (report.plan or {}).get("text")
+    planned = "" if text is None else f"{text} decided which weights get more bits; "
     if c is None:
-        return "No data was used."
+        return planned + "no code depends on it." if planned else "No data was used."
     return (
-        f"Codes were chosen by {c['method']} on {c['tokens']:,} tokens of {c['text']} (SHA-256 {c['text_sha256']}; "
-        f"{c['windows']} windows of {c['window_length']}, damping {c['damping']:g}); no data was used for the rest."
+        f"{planned}{'codes' if planned else 'Codes'} were chosen by {c['method']} on {c['tokens']:,} tokens of "
+        f"{c['text']} (SHA-256 {c['text_sha256']}; {c['windows']} windows of {c['window_length']}, damping {c['damping']:g}); "
+        "no data was used for the rest."
     )
 
 
@@ -461,6 +481,8 @@ def model_card(source: str, out: str, report: Report) -> str:
     c, s = report.config, report.summary()
     published = s["published_bits_per_weight"]
     settings = f"recipe {c.recipe}, {c.bits} bits, group size {c.group_size}, c = {c.c}, {c.grid} grid"
+    if report.plan is not None:
+        settings = f"recipe {c.recipe}, planned for {report.plan['target_bits']:g} bits per weight"
     if c.split:
         settings += f", alpha = {c.alpha}"
     if c.lm_head is not None:

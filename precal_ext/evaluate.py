@@ -159,12 +159,12 @@ def evaluate(model: Any, windows: Sequence[list[int]], reference: Any | None = N
     counts: list[int] = []
     agreed = 0
     for ids, mask in batches(windows):
-        logp = _log_probabilities(model, ids, mask)
+        logp = log_probabilities(model, ids, mask)
         target = mask[:, 1:]
         nll += _window_nll(logp, ids, target)
         counts += target.sum(1).tolist()
         if reference is not None:
-            expected = _log_probabilities(reference, ids, mask)
+            expected = log_probabilities(reference, ids, mask)
             kld += ((expected.exp() * (expected - logp)).sum(-1) * target).sum(1).tolist()
             expected_nll = _window_nll(expected, ids, target)
             delta += [a - b for a, b in zip(nll[-len(expected_nll) :], expected_nll, strict=True)]
@@ -189,7 +189,8 @@ def _window_nll(logp: Tensor, ids: Tensor, target: Tensor) -> list[float]:
     return (-logp.gather(-1, ids[:, 1:, None])[..., 0] * target).sum(1).tolist()
 
 
-def _log_probabilities(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def log_probabilities(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """log p of every next token, float32 [B, T - 1, vocabulary]."""
     return model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float().log_softmax(-1)
 
 

@@ -246,6 +246,7 @@ def _context(content: Content, loss: tuple[str, Evaluation] | None) -> dict[str,
         "split": stored.format.config.split,
         "rows": [_row(row) for row in content.rows],
         "total": _row(all_),
+        "planned": any(row.planned for row in content.rows),
     }
 
 
@@ -456,6 +457,8 @@ def _row(row: Row) -> dict[str, Any]:
         "sqnr": _number(row.sqnr_db, 2),
         "kl": _number(row.kl_nats, 4),
         "bpw": f"{row.bits_per_weight:.3f}",
+        "cost": UNKNOWN if row.planned is None or row.planned.cost is None else _percent(row.planned.cost),
+        "why": "" if row.planned is None else printable(row.planned.reason),
     }
 
 

@@ -98,6 +98,7 @@ class Plan:
     known: Mapping[str, Any] = field(repr=False)  # fingerprint of the model
     nonfinite: Mapping[str, str] = field(default_factory=dict)  # modules that are kept for it -> why
     calibration: Mapping[str, Any] | None = None  # settings of the stage of ``run_plan``, if there is one
+    planned: Mapping[str, Any] | None = field(default=None, repr=False)  # BitPlan.record() of the plan of its bits
 
     @property
     def header(self) -> dict[str, Any]:
@@ -106,6 +107,7 @@ class Plan:
             "version": __version__,
             "format_version": _C.FORMAT_VERSION,
             "settings": self.config.to_dict(),
+            "plan": None if self.planned is None else self.planned["digest"],
             "max_shard_size": self.max_shard_bytes,
             "calibration": self.calibration,
             "model": dict(self.known),

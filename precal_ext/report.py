@@ -79,6 +79,8 @@ class Report:
     digests: dict[str, str] = field(default_factory=dict)
     # On which text, and how; None when no data was used.
     calibration: dict[str, Any] | None = None
+    # ``BitPlan.summary`` of the plan that chose the settings, None without one.
+    plan: Mapping[str, Any] | None = None
 
     @property
     def quantized(self) -> list[Entry]:
@@ -142,6 +144,7 @@ class Report:
             **({} if self.calibration is None else {"calibration": self.calibration}),
             "summary": self.summary(),
             "notes": self.notes,
+            **({} if self.plan is None else {"plan": self.plan}),
             "tensors": [e.to_dict() for e in self.entries],
             "sha256": self.digests,
         }

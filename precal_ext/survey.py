@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,16 @@ _INT = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
+class Planned:
+    """Why a weight has its settings: the share of its fusion set in the predicted loss, None if unknown, and words."""
+
+    cost: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Recorded:
-    """``precal_report.json``, checked; ``figures`` and ``shapes`` by tensor name in the original."""
+    """``precal_report.json``, checked; ``figures``, ``shapes`` and ``planned`` by tensor name in the original."""
 
     figures: Mapping[str, Figures]
     shapes: Mapping[str, tuple[int, ...]]
@@ -45,6 +53,7 @@ class Recorded:
     summary: Mapping[str, Any]
     notes: Sequence[str]
     calibration: Mapping[str, Any]  # empty when no data was used
+    planned: Mapping[str, Planned] = field(default_factory=dict)
 
 
 def read_recorded(folder: Path) -> Recorded | None:
@@ -67,7 +76,8 @@ def read_recorded(folder: Path) -> Recorded | None:
             raise refuse(f"{key} must be a {kind.__name__}", found)
         return found
 
-    figures, shapes, dtypes = {}, {}, {}
+    figures, shapes, dtypes, planned = {}, {}, {}, {}
+    sets = _planned_sets(each(dict, "plan"), refuse)
     for item in each(list, "tensors"):
         shape = item.get("shape") if isinstance(item, dict) else None
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
@@ -78,11 +88,26 @@ def read_recorded(folder: Path) -> Recorded | None:
         shapes[name], dtypes[name] = tuple(shape), dtype
         if "figures" in item:
             figures[name] = _figures(item["figures"], refuse)
+            if str(item.get("fusion_set")) in sets:
+                planned[name] = sets[str(item["fusion_set"])]
     digests = each(dict, "sha256")
     if not all(isinstance(value, str) for value in digests.values()):
         raise refuse("sha256 must map names to digests", digests)
     notes = [str(note) for note in each(list, "notes")]
-    return Recorded(figures, shapes, dtypes, digests, each(dict, "summary"), notes, each(dict, "calibration"))
+    return Recorded(figures, shapes, dtypes, digests, each(dict, "summary"), notes, each(dict, "calibration"), planned)
+
+
+def _planned_sets(data: Mapping[str, Any], refuse: Any) -> dict[str, Planned]:
+    found = {}
+    sets = data.get("sets", {})
+    if not isinstance(sets, dict):
+        raise refuse("plan must hold sets", sets)
+    for name, item in sets.items():
+        cost, reason = (item.get("cost"), item.get("reason")) if isinstance(item, dict) else (None, None)
+        if not isinstance(reason, str) or not (cost is None or _is_number(cost)):
+            raise refuse("plan must hold sets with a cost and a reason", item)
+        found[name] = Planned(cost, reason)
+    return found
 
 
 def _figures(data: Any, refuse: Any) -> Figures:
@@ -279,6 +304,7 @@ class Row:
         kind: what all layers have one of, ``mlp.down_proj``; layer: which, -1 outside of layers.
         alpha: share of weights kept as outliers.
         sqnr_db, kl_nats, power, noise: recorded or measured; NaN when neither is to be had, sqnr_db inf when exact.
+        planned: by the plan that its directory remembers.
     """
 
     tensor: str
@@ -297,6 +323,7 @@ class Row:
     bits_per_weight: float
     power: float
     noise: float
+    planned: Planned | None = None
 
     @property
     def module(self) -> str:
@@ -358,6 +385,7 @@ def rows(stored: Stored, original: Original | None = None) -> list[Row]:
                 spec.bits_per_weight(),
                 figures.power,
                 figures.noise,
+                stored.recorded.planned.get(module + ".weight") if stored.recorded else None,
             )
         )
     if not found:
@@ -395,6 +423,14 @@ def total(found: Sequence[Row]) -> Row:
         power,
         noise,
     )
+
+
+def why(row: Row) -> str:
+    """The end of a line about a weight: what its set costs of the predicted loss, and the plan's reason."""
+    if row.planned is None:
+        return ""
+    cost = "-" if row.planned.cost is None else f"{row.planned.cost:.1%}"
+    return f" {cost:>6}  {printable(row.planned.reason)}"
 
 
 COLUMNS = ("tensor", "shape", "bits", "group", "c", "alpha", "sqnr", "kl", "bpw")

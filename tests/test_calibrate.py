@@ -452,7 +452,7 @@ def test_options_go_together(model: Callable[[str], Path], tmp_path: Path, run: 
         3,
         "precal: quantize: --calibrate must come with --text FILE, got no text\n",
     )
-    for option, value in (("--text", TEXT), ("--damping", 1), ("--window-length", 8), ("--calibration-windows", 8)):
+    for option, value in (("--damping", 1), ("--window-length", 8), ("--calibration-windows", 8)):
         code, _, err = run(*where, option, value)
         assert code == 3 and f"quantize: {option} must come with --calibrate gptq, got it alone" in err
     assert run(*where, "--calibrate", "awq", "--text", TEXT)[0] == 2

@@ -181,7 +181,7 @@ def test_quantize_goes_on_with_what_was_being_compensated(
     ("options", "message"),
     [
         (["--compensate"], "--compensate must come with --text FILE"),
-        (["--text", TEXT], "--text must come with --compensate"),
+        (["--text", TEXT], "--text must come with --target-bits, --calibrate or --compensate"),
         (["--compensate", "--text", "none"], "none: must be a readable UTF-8 text file"),
     ],
 )
