@@ -117,7 +117,7 @@ def read_windows(tokenizer: Any, path: Path, window: int, limit: int | None = No
     return windows
 
 
-def _batches(windows: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(windows: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Padded ids [B, T] and the mask of real tokens, longest windows together; padding is on the right."""
     ordered = sorted(windows, key=len)
     for first in range(0, len(ordered), _BATCH):
@@ -138,7 +138,7 @@ def evaluate(model: Any, windows: Sequence[list[int]], reference: Any | None = N
     delta: list[float] = []
     counts: list[int] = []
     agreed = 0
-    for ids, mask in _batches(windows):
+    for ids, mask in batches(windows):
         logp = _log_probabilities(model, ids, mask)
         target = mask[:, 1:]
         nll += _window_nll(logp, ids, target)
