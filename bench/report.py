@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from faults_table import faults_table
+from laws import laws_blocks
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
 from quantizing import quantizing_section
@@ -378,6 +379,12 @@ def main() -> None:
     if faults := rows("faults.jsonl"):
         reliability = docs / "reliability.md"
         wanted[reliability] = replace(reliability.read_text(encoding="utf-8"), "faults", faults_table(faults))
+    laws, law_fits = rows("scaling_laws.jsonl"), rows("scaling_fit.jsonl")
+    if laws and law_fits:
+        page = docs / "scaling-laws.md"
+        wanted[page] = page.read_text(encoding="utf-8")
+        for name, body in laws_blocks(laws, law_fits).items():
+            wanted[page] = replace(wanted[page], name, body)
     wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:

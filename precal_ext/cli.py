@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -26,11 +25,14 @@ from precal_ext.console import (
     EXIT_REFUSED,
     EXIT_TERMINATED,
     RefusedError,
+    quiet_host,
     resolve_model,
     shown_progress,
     size_of,
     trimming,
 )
+from precal_ext.console import positive as _positive
+from precal_ext.foresight import add_predict
 from precal_ext.interchange import add_commands
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
@@ -123,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--text", metavar="FILE", help='also measure the loss on this text, or .jsonl with a "text" field')
     r.add_argument("--limit", type=_positive, metavar="N", help="use at most N windows of the text")
     add_commands(command)
+    add_predict(command)
     return parser
 
 
@@ -157,12 +160,6 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
 
 def _one_of(names: Sequence[str]) -> str:
     return f"one of {', '.join(names)} (default {names[0]})"
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
-    return int(text)
 
 
 def _not_negative(text: str) -> float:
@@ -263,18 +260,6 @@ def _quantize_as_leader(args: argparse.Namespace, trim: Callable[[int], None], t
     return EXIT_OK
 
 
-def _quiet_host() -> None:
-    """transformers' own bars and notices do not belong in the output of these commands."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        from transformers.utils import logging as hf_logging
-    except ImportError:
-        return
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-
-
 def _error(stderr: float | None, digits: int) -> str:
     return "" if stderr is None else f" +/- {stderr:.{digits}f}"
 
@@ -282,7 +267,7 @@ def _error(stderr: float | None, digits: int) -> str:
 def _eval(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
-    _quiet_host()
+    quiet_host()
     model, tokenizer = ev.load(args.model)
     reference = None
     if args.reference is not None:
@@ -305,7 +290,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from precal_ext import evaluate as ev
 
-    _quiet_host()
+    quiet_host()
     model, tokenizer = ev.load(args.model)
     result = ev.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
     if args.json:
@@ -342,7 +327,7 @@ def _demo(args: argparse.Namespace) -> int:
     from precal_ext.config import QuantizeConfig
     from precal_ext.convert import quantize_checkpoint
 
-    _quiet_host()
+    quiet_host()
     if args.model is None and not (DEMO / "llama-6m").is_dir():
         raise RefusedError("demo: MODEL must be given, the embedded one comes with the source tree only")
     model = DEMO / "llama-6m" if args.model is None else resolve_model(args.model)
@@ -392,7 +377,7 @@ def _verify(args: argparse.Namespace) -> int:
     from precal_ext.survey import printable
     from precal_ext.verify import verify
 
-    _quiet_host()
+    quiet_host()
     original = None if args.original is None else resolve_model(args.original)
     result = verify(Path(args.model), original)
     code = EXIT_OK if result.sound else EXIT_REFUSED
@@ -454,7 +439,7 @@ def _report(args: argparse.Namespace) -> int:
         raise RefusedError(f"{page}: must be a file that ends in .html")
     if args.text is not None and args.original is None:
         raise RefusedError("report: --text needs --original MODEL, to compare the loss with")
-    _quiet_host()
+    quiet_host()
     original = None if args.original is None else resolve_model(args.original)
     loss = None
     content = html_report.gather(Path(args.model), original)

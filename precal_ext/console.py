@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import os
 import re
 import sys
 import time
@@ -24,6 +25,13 @@ def size_of(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"must be a size like 500MB or 5GB, got {text!r}")
     return size
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not re.fullmatch(r"0*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"must be an integer, at least 1, got {text!r}")
+    return int(text)
 
 
 class RefusedError(ValueError):
@@ -47,6 +55,18 @@ def resolve_model(name: str) -> Path:
     except Exception as error:  # network, authentication, no such model: the hub's own words tell
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RefusedError(f"{name}: must be a model directory or a hub name that answers, got: {reason}") from None
+
+
+def quiet_host() -> None:
+    """transformers' own bars and notices do not belong in the output of these commands."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from transformers.utils import logging as hf_logging
+    except ImportError:
+        return
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 class ProgressDisplay:

@@ -305,16 +305,22 @@ def damped(moments: Tensor, damping: float = DAMPING) -> Tensor:
     return moments + torch.diag(extra if float(diagonal.mean()) else torch.ones_like(diagonal))
 
 
-def gptq_gain(moments: Tensor) -> float:
+def gptq_gain(moments: Tensor, tokens: int) -> float:
     """What GPTQ leaves of the output's squared error after round-to-nearest, in theory: tr(D) / tr(H) with H = L D L'
     (arXiv 2307.13304 shows it for rounding without limits and errors that are even). 1 for inputs without correlation.
 
-    A module that never ran (an expert) has 1.
+    D is seen on ``tokens`` inputs and used on others: a column that f columns explain looks 1 - f / tokens times as
+    large as it is, and is explained as much worse elsewhere. f counts what damping leaves free: all together the trace
+    of M (M + damping)^-1. A module that never ran (an expert) has 1.
     """
     if not bool(moments.any()):
         return 1.0
     H = damped(moments)
     # GPTQ goes through the columns from the first to the last, and what is left of column i is its variance given all
-    # later ones: 1 / (H^-1)_ii restricted to them, the squared diagonal of the Cholesky factor from the other end.
-    reverse = torch.linalg.cholesky(H.flip(0, 1)).diagonal().square()
-    return float(reverse.sum() / H.diagonal().sum())
+    # later ones: the squared diagonal of the Cholesky factor from the other end.
+    factor = torch.linalg.cholesky(H.flip(0, 1))
+    extra = (H - moments).diagonal().flip(0)
+    free = len(H) - float((extra * torch.cholesky_inverse(factor).diagonal()).sum())
+    seen = 1 - free / len(H) * torch.arange(len(H), dtype=torch.float64) / max(tokens, 1)
+    left = factor.diagonal().square() / seen.clamp(min=0.05).square()
+    return float(torch.minimum(left, H.diagonal().flip(0)).sum() / H.diagonal().sum())
