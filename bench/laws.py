@@ -164,8 +164,8 @@ def radial_table(rows: list[Row]) -> str:
 def gptq_table(rows: list[Row]) -> str:
     """What GPTQ takes off the rise, by bits: nats, and as a share."""
     lines = [
-        f"Rise by round-to-nearest minus rise after GPTQ, nats; where the former is at least {LEAST_SHOWN}, in parentheses",
-        "as a share of it:",
+        "Rise by round-to-nearest minus rise after GPTQ, nats; in parentheses as a share of the former, where that is",
+        f"at least {LEAST_SHOWN}:",
         "",
         "| model, block | " + " | ".join(f"{bits} bits" for bits in BITS) + " |",
         "|---|" + "---|" * len(BITS),
