@@ -19,6 +19,7 @@ from pathlib import Path
 from calibration import claim_tables, damping_table, length_table, survivors_table
 from compensated import compensation_tables
 from faults_table import faults_table
+from laws import laws_blocks
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
 from planned import fidelity_table, sensitivity_table, targets_table, ways_table
@@ -401,6 +402,12 @@ def main() -> None:
         ):
             text = replace(text, name, made(planned))
         wanted[page] = text
+    laws, law_fits = rows("scaling_laws.jsonl"), rows("scaling_fit.jsonl")
+    if laws and law_fits:
+        page = docs / "scaling-laws.md"
+        wanted[page] = page.read_text(encoding="utf-8")
+        for name, body in laws_blocks(laws, law_fits).items():
+            wanted[page] = replace(wanted[page], name, body)
     wanted[readme] = front
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check:

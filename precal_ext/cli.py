@@ -33,6 +33,7 @@ from precal_ext.console import (
     trimming,
 )
 from precal_ext.console import positive as _positive
+from precal_ext.foresight import add_predict
 from precal_ext.interchange import add_commands
 
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 3 input or output refused, 130 interrupted, 143 terminated"
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(command)
     planning.add_command(command, _config_options, _config)
     recycling.add_command(command)
+    add_predict(command)
     return parser
 
 

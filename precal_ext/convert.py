@@ -471,8 +471,8 @@ def _data_used(report: Report) -> str:
         return planned + "no code depends on it." if planned else "No data was used."
     return (
         f"{planned}{'codes' if planned else 'Codes'} were chosen by {c['method']} on {c['tokens']:,} tokens of "
-        f"{c['text']} (SHA-256 {c['text_sha256']}; {c['windows']} windows of {c['window_length']}, damping {c['damping']:g}); "
-        "no data was used for the rest."
+        f"{c['text']} (SHA-256 {c['text_sha256']}; {c['windows']} windows of {c['window_length']}, "
+        f"damping {c['damping']:g}); no data was used for the rest."
     )
 
 
