@@ -64,7 +64,7 @@ def then_gptq(setting: dict[str, Any], damping: float, windows: int = WINDOWS) -
     return make
 
 
-def gptq_alone(bits: int, group_size: int) -> Make:
+def gptq_alone(bits: int, group_size: int, damping: float = 0.01) -> Make:
     """llmcompressor's, asymmetric, at its best here: scales by squared error (its "mse" observer), columns in the order
     of their inputs' power with groups as they were ("weight"). A scale is counted with 16 bits, a zero point with those
     of a code."""
@@ -92,7 +92,7 @@ def gptq_alone(bits: int, group_size: int) -> Make:
             model=load_model(folder, torch.float32),
             tokenizer=load_tokenizer(folder),
             dataset=importlib.import_module("datasets").Dataset.from_dict(columns),
-            recipe=modifier(config_groups={"weights": scheme}, ignore=["lm_head"], dampening_frac=0.01),
+            recipe=modifier(config_groups={"weights": scheme}, ignore=["lm_head"], dampening_frac=damping),
             num_calibration_samples=len(windows),
             max_seq_length=WINDOW,
             pipeline="sequential",
@@ -121,6 +121,7 @@ def formats(bits: int) -> dict[str, tuple[bool, Make]]:
     }
     if bits != VARIED:
         return found
+    found["GPTQ alone, asym g64, damping 0.1"] = True, gptq_alone(bits, 64, 0.1)
     for damping in DAMPINGS:
         if damping != DAMPING:
             found[f"precal g64, then GPTQ, damping {damping:g}"] = True, then_gptq(setting, damping)

@@ -291,7 +291,7 @@ def test_killed_and_continued(model: Callable[[str], Path], whole: Path, tmp_pat
     command = [sys.executable, "-m", "precal_ext", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     while process.poll() is None and len(read_journal(out)[1]) < 12:
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.kill()
     process.wait()
     assert not out.exists(), "it ended before it could be killed"
