@@ -51,10 +51,11 @@ def cell(row: Row | None, base: Row, target: float | None) -> str:
 
 def targets_table(data: list[Row]) -> str:
     lines = [
-        "KLD of a plan over that of the best uniform setting at no more bits, whose bits (2, 3, 4), group size (16 to",
-        "256) and c (0 to 4) are chosen by the very text that is measured. Target without a text: not worse within",
-        f"two standard errors; with one: at most {TARGET:.2f}. Own text: a_l fitted on the calibration text of the",
-        "same domain; other text: on that of the other.",
+        "KLD of a plan over that of the best uniform setting at no more bits. Of all settings of 2, 3, 4 bits, groups",
+        "of 16 to 256, c = 0 to 4 the four with most bits at or below each target were measured (fewer bits lose more:",
+        "[quality.md](quality.md)), and the very text that is measured chooses among them. Target without a text: not",
+        f"worse within two standard errors; with one: at most {TARGET:.2f}. Own text: a_l fitted on the calibration",
+        "text of the same domain; other text: on that of the other.",
     ]
     for way in ways(data):
         lines += [
@@ -85,8 +86,9 @@ def targets_table(data: list[Row]) -> str:
                     f"| {panel[0]}, {domain(panel[1])} | {target:g} | {name} ({base['bits_per_weight']:.3f}) | "
                     f"{base['kld_nats']:.4f} | " + " | ".join(cells) + " |"
                 )
-    first = measured(data)[0]
-    return "\n".join([*lines, "", f"{source(first)}."])
+    first = {r["model"]: r for r in reversed(measured(data))}
+    others = [f"`{r['command']}`" for name, r in first.items() if name != data[0]["model"]]
+    return "\n".join([*lines, "", f"{source(first[data[0]['model']])}, {', '.join(reversed(others))}."])
 
 
 def sensitivity_table(data: list[Row]) -> str:
@@ -177,7 +179,7 @@ def plot_planned(data: list[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = panels(measured(data))
-    columns = min(4, len(shown))
+    columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(lines, columns, figsize=(3.5 * columns, 3.4 * lines), squeeze=False)
@@ -193,6 +195,8 @@ def plot_planned(data: list[Row], path: Path) -> None:
 
 
 def draw(axis: Any, panel: tuple[str, str], rows: list[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     def points(part: list[Row]) -> tuple[list[float], list[float], list[float]]:
         known = [(p, r["delta_nll_nats"], 2 * r["delta_nll_stderr"]) for r in part if (p := own_prediction(r))]
         return [k[0] for k in known], [max(k[1], 1e-4) for k in known], [k[2] for k in known]
@@ -208,6 +212,10 @@ def draw(axis: Any, panel: tuple[str, str], rows: list[Row]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylim(ends[0] / 3, ends[1] * 3)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter("{x:g}")
+        side.set_minor_formatter(NullFormatter())
     axis.set_title(f"{panel[0]}, {domain(panel[1])}", loc="left", fontweight="bold", fontsize=9)
     axis.set_xlabel("predicted: sum of a_l t_l^2")
     axis.grid(True, alpha=0.25)
