@@ -59,9 +59,9 @@ def compensation_tables(data: list[Row]) -> str:
     error = max(r[f"{k}_{w}_kld_stderr"] / r[f"{k}_{w}_kld_nats"] for r in data for k in KINDS for w in WHEN)
     lines = [
         "KLD from the full-precision model, in nats per token, before -> after, and the share of it that is gone.",
-        f"Searched on: 16 windows of the domain's text ({tokens} tokens). Losses on other text are over",
-        f"{least:,} to {most:,} tokens, with a standard error of {error:.0%} at most. Codes: how many were changed,",
-        "over all rounds. A negative share: the KLD is higher than before.",
+        f"Searched on: 16 windows of the domain's text ({tokens} tokens).",
+        f"Losses on other text are over {least:,} to {most:,} tokens, with a standard error of {error:.0%} at most.",
+        "Codes: how many were changed, over all rounds. A negative share: the KLD is higher than before.",
         "",
         *_table(usual, "recipe, bits: space", "setting"),
         "",
