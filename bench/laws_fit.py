@@ -22,6 +22,7 @@ from precal_ext.forest import Forest, write_forest
 from precal_ext.predict import FEATURES, LEAST
 
 TREES, LEAF, COVERAGE = 100, 3, 0.9
+FAR = 1e30
 CLOSED = {  # rises that need no fit
     "radial profile read off": "radial_nats",
     "linearity theorem": "theorem_nats",
@@ -146,7 +147,9 @@ def to_forest(fitted: Any, variant: Variant, x: np.ndarray, width: tuple[float, 
         parts["value"].append(np.where(leaf, variant.share * tree.value[:, 0, 0], 0).astype(np.float32))
         start.append(first + tree.node_count)
     arrays: dict[str, Any] = {key: np.concatenate(part) for key, part in parts.items()}
-    arrays |= {"start": np.array(start, dtype=np.int32), "low": x.min(0), "high": x.max(0)}
+    low, high = np.full(len(FEATURES), -FAR), np.full(len(FEATURES), FAR)  # what it does not see cannot lie outside
+    low[columns], high[columns] = x.min(0)[columns], x.max(0)[columns]
+    arrays |= {"start": np.array(start, dtype=np.int32), "low": low.astype(np.float32), "high": high.astype(np.float32)}
     arrays["base"] = np.array(BASE if variant.target == "ratio" else -1, dtype=np.int32)
     arrays["width"] = np.array(width, dtype=np.float32)
     return Forest(FEATURES, arrays)
