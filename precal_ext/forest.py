@@ -8,7 +8,7 @@ npz file, nothing pickled:
     threshold  float32        x <= threshold goes left
     left right int32          nodes; a child lies behind its parent and in the same tree
     value      float32        of a leaf
-    low high   float32 [F]    range of every feature where it was fitted
+    low high   float32 [F]    range of every feature where it was fitted, 1e30 on both sides of one that it does not see
     base       int32 []       column that is added to the mean of the trees, or -1
     width      float32 [2]    half an interval is width[0] * (spread of the trees + width[1])
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pickle
@@ -318,7 +319,7 @@ def test_numpy_says_what_scikit_learn_says(target: str, features: Sequence[str],
     assert np.allclose(forest.trees(new), each, rtol=1e-6, atol=1e-6)
     assert ((low <= middle) & (middle <= high)).all()
     assert not outside[:300].any()
-    assert outside[-1].all()
+    assert sorted(np.flatnonzero(outside[-1])) == sorted(variant.columns)
 
 
 def small_forest(**changed: Any) -> Forest:
@@ -435,13 +436,22 @@ def test_the_command_with_text(run: Run, talking: Path, tmp_path: Path) -> None:
     assert list(found) == names.split(",")
     for p in found.values():
         assert p["low_nats"] <= p["nll_nats"] <= p["high_nats"]
-        assert p["outside"], "a random model is like none of those that were trained"
     assert found["mxint2_32"]["sqnr_mean_db"] < found["mxint4_32"]["sqnr_mean_db"] < found["mxint8_32"]["sqnr_mean_db"]
     assert found["mxint4_32"]["size_bytes"] == found["mxint4_32+gptq"]["size_bytes"] < found["mxint8_32"]["size_bytes"]
     code, out, _ = run("predict", talking, "--text", text, "--formats", names, "--limit", 2)
     assert code == 0
-    assert "beyond what the predictor was fitted on" in out
+    assert "predicted NLL (nats per token)" in out
     assert len([line for line in out.splitlines() if line[2:].startswith(("mxint", "precal"))]) == 5
+
+
+def test_the_table_says_what_is_beyond_the_fit() -> None:
+    from precal_ext.foresight import table
+
+    inside, outside = prediction("a", 10, 3.0), dataclasses.replace(prediction("b", 20, 2.0), outside=("shrinkage",))
+    lines = table(mark_frontier([inside, outside]))
+    assert [line for line in lines if line.endswith("beyond the fit")] == [lines[2]]
+    assert "so intervals are wider: shrinkage" in lines[-1]
+    assert len(table(mark_frontier([inside]))) == 3
 
 
 def test_the_command_without_text_says_what_it_cannot(run: Run, talking: Path) -> None:
