@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import compatibility
 import pytest
 from conftest import ROOT
 from models import DEMO, digests, environment, first_layers, run_python, sha256
@@ -60,12 +62,71 @@ def test_the_recipes_for_transformers(
     assert {"ADAPTER/adapter_model.safetensors", "DENSE/model.safetensors", "model.pt2"} <= set(digests(folder))
 
 
-def test_the_table_of_versions_was_made() -> None:
-    table = re.search(r"<!-- begin compatibility.*?-->\n(.*?)<!-- end compatibility -->", TEXT, re.DOTALL)
-    assert table is not None
-    versions = re.findall(r"^\| (\d+\.\d+\.\d+) \|", table[1], re.MULTILINE)
-    assert {"4.57.6", "5.0.0"} <= set(versions) and len(versions) >= 3
-    assert " failed" not in table[1]
+def test_the_tables_of_versions_were_made() -> None:
+    rows = json.loads(compatibility.RESULTS.read_text())
+    assert compatibility.rendered(TEXT, rows) == TEXT, "python tests/compatibility.py writes them"
+    tried = {host: {r["versions"][host] for r in rows if r["host"] == host} for host in compatibility.HOSTS}
+    assert {"4.57.6", "5.0.0"} < tried["transformers"] and tried["vllm"]
+    for row in rows:
+        assert set(row["outcomes"]) == set(compatibility.HOSTS[row["host"]][0])
+        assert compatibility.total(row, "passed") and not compatibility.total(row, "failed")
+
+
+def test_a_row_says_what_pytest_said() -> None:
+    found = compatibility.outcome_in(
+        "..\n= short test summary =\n2 failed, 3 passed, 1 skipped, 1 error in 12.30s (0:00:12)"
+    )
+    assert found == {"passed": 3, "failed": 3, "skipped": 1}
+
+
+# ---- torchrun --------------------------------------------------------------------------------------------------------
+
+
+def torchrun(command: str, cwd: Path, **replaced: str) -> subprocess.Popen[str]:
+    """A command of the page. torchrun is a script of the environment, which may not be on the path."""
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[0] == "torchrun"
+    words = [next((word.replace(a, b) for a, b in replaced.items() if a in word), word) for word in words[1:]]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=cwd,
+        env=environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def recipes_of_torchrun() -> list[str]:
+    found = blocks("Quantizing on several processes or machines", "bash")
+    assert len(found) == 2
+    return found
+
+
+def test_the_recipe_for_several_processes(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "MODEL", tmp_path / "MODEL")
+    process = torchrun(recipes_of_torchrun()[0], tmp_path)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert digests(tmp_path / "OUT") == digests(folder / "OUT")  # what `precal quantize` alone has made
+
+
+def test_the_recipe_for_several_machines(folder: Path, tmp_path: Path) -> None:
+    """Two of them here, each with a directory of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    machines = [tmp_path / "one", tmp_path / "two"]
+    for machine in machines:
+        shutil.copytree(folder / "MODEL", machine / "MODEL")  # with its times
+    running = [torchrun(recipes_of_torchrun()[1], m, **{"HOST:29500": f"127.0.0.1:{port}"}) for m in machines]
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    (out,) = (machine / "OUT" for machine in machines if (machine / "OUT").exists())  # rank 0 writes
+    assert digests(out) == digests(folder / "OUT")
+
+
+# ---- transformers serve ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.heavy
@@ -73,7 +134,7 @@ def test_transformers_serve_answers(folder: Path) -> None:
     pytest.importorskip("fastapi")
     lines = [line for block in blocks("transformers", "bash") for line in block.splitlines()]
     (command,) = (line for line in lines if "transformers_cli serve" in line)
-    request = json.loads(re.search(r"-d '(\{.*\})'", TEXT)[1])
+    request = json.loads(re.search(r"-d '(\{.*\})'", "".join(blocks("transformers", "bash")))[1])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
