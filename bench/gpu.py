@@ -3,8 +3,12 @@ bfloat16, torch's own int4 kernel. Calls are captured in a graph and replayed, s
 events, medians; weights rotated so that none is found in L2.
 
     python bench/gpu.py [--out bench/results/gpu.jsonl] [--only linear|quantize] [--seconds 0.3]
+    python bench/gpu.py --crossover bench/results/gpu.jsonl
 
 `share` is packed bytes (or bytes that must move) per second over the copy's, which counts bytes read and written.
+`linear` above 16 tokens is measured twice: with precal's own kernels and by dequantizing and torch's product of dense
+matrices (PRECAL_LINEAR); `--crossover` prints from how many tokens on the second is the faster one, which is what
+csrc/cuda/linear_config.h has to know.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,7 +38,8 @@ L2_TIMES = 4  # as much data as this many L2 caches lies between two uses of a w
 
 # N, K: 16M to 256M weights.
 LINEAR_SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (16384, 16384)]
-LINEAR_TOKENS = [1, 4, 16, 64, 256, 1024, 4096]
+LINEAR_TOKENS = [1, 4, 16, 64, 128, 256, 384, 512, 1024, 4096]
+WAYS = ["mma", "dequantize"]  # of PRECAL_LINEAR
 LINEAR_FORMATS = [(4, 64, 1), (4, 128, 0), (3, 64, 1)]  # bits, group_size, c; all with a trellis
 
 
@@ -106,24 +112,47 @@ def bench_linear(copy: float, seconds: float) -> list[Row]:
             bf16 = median_seconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense], seconds)
             int4 = torch_int4(N, K, M, seconds) if M <= 16 else None
             for (bits, group_size, c), (numbers, list_of) in weights.items():
-                own = median_seconds(
-                    [lambda w=w, x=x, n=numbers: torch.ops.precal.linear(x, w, None, *n) for w in list_of], seconds
-                )
-                moved = list_of[0].numel() + 2 * M * (K + N)
-                rows.append(
-                    {
-                        "what": "linear",
-                        "shape": [M, N, K],
-                        "format": [bits, group_size, c],
-                        "us": own * 1e6,
-                        "share": moved / own / copy,
-                        "tflops": 2 * M * N * K / own / 1e12,
-                        "x_bf16": bf16 / own,
-                        "x_torch_int4": int4 / own if int4 else None,
-                    }
-                )
-                print(line(rows[-1]), flush=True)
+                for way in WAYS if M > 16 else WAYS[:1]:
+                    os.environ["PRECAL_LINEAR"] = way
+                    own = median_seconds(
+                        [lambda w=w, x=x, n=numbers: torch.ops.precal.linear(x, w, None, *n) for w in list_of], seconds
+                    )
+                    moved = list_of[0].numel() + 2 * M * (K + N)
+                    rows.append(
+                        {
+                            "what": "linear",
+                            "way": way,
+                            "shape": [M, N, K],
+                            "format": [bits, group_size, c],
+                            "us": own * 1e6,
+                            "share": moved / own / copy,
+                            "tflops": 2 * M * N * K / own / 1e12,
+                            "x_bf16": bf16 / own,
+                            "x_torch_int4": int4 / own if int4 else None,
+                        }
+                    )
+                    print(line(rows[-1]), flush=True)
+    os.environ.pop("PRECAL_LINEAR", None)
     return rows
+
+
+def crossover(rows: Sequence[Row]) -> list[str]:
+    """For every weight and format: tokens of each measurement, own kernels over dequantizing, and from where on the
+    latter is faster at every larger count."""
+    times: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        if row["what"] == "linear" and row["shape"][0] > 16:
+            M, N, K = row["shape"]
+            times.setdefault((N, K, *row["format"]), {}).setdefault(M, {})[row["way"]] = row["us"]
+    lines = []
+    for (N, K, bits, group_size, c), by_tokens in times.items():
+        ratios = {M: by_tokens[M]["dequantize"] / by_tokens[M]["mma"] for M in sorted(by_tokens)}
+        slower = [M for M, ratio in ratios.items() if ratio >= 1]
+        faster = [M for M in ratios if not slower or max(slower) < M]
+        text = "  ".join(f"{M}: {ratio:.2f}" for M, ratio in ratios.items())
+        where = f"from {faster[0]} tokens" if faster else "never"
+        lines.append(f"{N}x{K} int{bits} g{group_size} c{c}  dequantizing is faster {where}   (time over mma: {text})")
+    return lines
 
 
 def bench_quantize(copy: float, seconds: float) -> list[Row]:
@@ -163,7 +192,9 @@ def line(row: Row) -> str:
     text = f"{row['what']:26} {shape:18} {row['us']:10.1f} us {100 * row['share']:6.1f} % of copy"
     if "format" in row:
         bits, group_size, c = row["format"]
-        text += f"  int{bits} g{group_size} c{c}  {row['tflops']:7.1f} TFLOP/s  {row['x_bf16']:5.2f} x bf16"
+        text += (
+            f"  int{bits} g{group_size} c{c} {row['way']:10}  {row['tflops']:7.1f} TFLOP/s  {row['x_bf16']:5.2f} x bf16"
+        )
         text += f"  {row['x_torch_int4']:5.2f} x torch int4" if row["x_torch_int4"] else ""
     if "seconds_8b" in row:
         text += f"  {row['seconds_8b']:6.2f} s for 8e9 weights"
@@ -175,7 +206,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu.jsonl")
     parser.add_argument("--only", choices=["linear", "quantize"])
     parser.add_argument("--seconds", type=float, default=0.2, help="of every measurement")
+    parser.add_argument("--crossover", type=Path, metavar="RESULTS", help="print the table of a file and end")
     options = parser.parse_args()
+    if options.crossover is not None:
+        rows = [json.loads(text) for text in options.crossover.read_text(encoding="utf-8").splitlines()]
+        newest = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+        print("\n".join(crossover(newest)))
+        return
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py: torch sees no CUDA device")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
@@ -189,9 +226,10 @@ def main() -> None:
         "copy_bytes_per_s": copy,
     }
     print(f"{head['device']}: copy {copy / 1e12:.2f} TB/s")
-    rows: list[Row] = []
+    rows = []
     if options.only != "quantize":
         rows += bench_linear(copy, options.seconds)
+        print("\n".join(crossover(rows)))
     if options.only != "linear":
         rows += bench_quantize(copy, options.seconds)
     with options.out.open("a", encoding="utf-8") as file:

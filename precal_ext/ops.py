@@ -6,9 +6,11 @@ message ``op: argument must be ..., got ...``, in the words of ``_C``. Called th
 messages arrive as ``RuntimeError``. Results do not depend on the number of threads; codes, scales and counts are the
 same bits on every instruction set and device.
 
-On CUDA an op never waits for the device, so what only the values of a tensor could show is not refused: a row of w that
-is not finite gets a row scale (quantize_*) or lam (salience_threshold) of NaN, pack takes the low bits of a code,
-histogram drops a label out of range, and levels, scales and counts are used as they are.
+On CUDA ``linear``, ``dequantize``, ``unprepack``, ``unpack`` and ``soft_threshold`` never wait for the device; the ops
+of quantization, ``pack`` and ``prepack`` do at their end, to refuse what the CPU refuses. In a graph that is being
+captured nothing may wait, so what only the values of a tensor show is not refused there: a row of w that is not finite
+gets a row scale (quantize_*) or lam (salience_threshold) of NaN, pack takes the low bits of a code, histogram drops a
+label out of range, and levels, scales and counts are used as they are; the same holds for ``_C_cuda``.
 
 Notation: ``N, K`` rows and columns of a weight, ``G = ceil(K / group_size)``, ``B`` outlier blocks of a row, ``c``
 their capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives the formulas.

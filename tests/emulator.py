@@ -64,7 +64,7 @@ class Emulated:
 
     def device(self, seed: int = 0, multiprocessors: int = 3, shared_bytes: int = 227 << 10) -> None:
         """Order of blocks and threads, and the device that launchers see."""
-        self.library.precal_shim_set(ctypes.c_uint64(seed), multiprocessors, shared_bytes)
+        self.library.precal_shim_set(ctypes.c_uint64(seed), multiprocessors, shared_bytes, 0)
 
     def call(self, name: str, arguments: Sequence[Any], like: Sequence[Tensor], workspace: int = 0) -> list[Tensor]:
         """Outputs of the shape and dtype of ``like``, which hold 0xFF before the call."""
@@ -74,3 +74,23 @@ class Emulated:
         scratch = torch.full([workspace], 0xFF, dtype=torch.uint8) if workspace else None
         getattr(self.module, name)(*arguments, out=out[0] if len(out) == 1 else out, workspace=scratch)
         return out
+
+
+class EmulatedTorch:
+    """``torch.ops.precal`` of a GPU on CPU tensors: torch's bindings, with its allocator, and the same kernels."""
+
+    def __init__(self, variant: str) -> None:
+        path = build() / f"libprecal_emulated_{variant}.so"
+        torch.ops.load_library(str(path))
+        self.ops = getattr(torch.ops, f"precal_emulated_{variant}")
+        self.library = ctypes.CDLL(str(path))
+        self.device()
+
+    def device(self, seed: int = 2, multiprocessors: int = 3, capturing: bool = False) -> None:
+        """``capturing``: a CUDA graph; the host may not wait then."""
+        self.library.precal_shim_set(ctypes.c_uint64(seed), multiprocessors, 227 << 10, int(capturing))
+
+    @property
+    def waits(self) -> int:
+        """How often the host waited for the device so far."""
+        return int(self.library.precal_shim_waits())

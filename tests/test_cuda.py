@@ -117,6 +117,42 @@ def test_the_current_stream_is_used_and_graphs_capture() -> None:
             assert torch.equal(y, want)
 
 
+def test_linear_by_dequantizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices, with gradients and in a graph."""
+    weight = shapes.random_weight(0, 5000, 4096, 4, 64, 1, trellis=True)
+    on_gpu = shapes.Weight(*to("cuda", tuple(weight)))
+    prepacked = torch.ops.precal.prepack(*on_gpu)
+    dense = torch.ops.precal.dequantize(*on_gpu).double()
+    bias = torch.randn(5000, device="cuda")
+    monkeypatch.setenv("PRECAL_LINEAR", "dequantize")
+    for M in (1, 40, 400):
+        for dtype in DTYPES:
+            x = torch.randn(M, 4096, device="cuda").to(dtype).requires_grad_()
+            y = torch.ops.precal.linear(x, prepacked, bias, *weight.numbers)
+            want = x.double() @ dense.T + bias.double()
+            assert (y.double() - want).norm() <= 2 * TOLERANCE[dtype] * want.norm()
+            y.sum().backward()
+            assert x.grad is not None
+    static = torch.zeros(40, 4096, device="cuda").half()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.precal.linear(static, prepacked, None, *weight.numbers)
+    static.normal_()
+    graph.replay()
+    assert torch.equal(y, torch.ops.precal.linear(static, prepacked, None, *weight.numbers))
+
+
+def test_bad_weights_are_refused() -> None:
+    w = torch.randn(9, 300)
+    w[4, 7] = torch.nan
+    grid = torch.tensor([shapes.TRELLIS_4], dtype=torch.int8)
+    with pytest.raises(RuntimeError) as cpu:
+        torch.ops.precal.quantize_groups(w, grid, 4, 64, 1)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.precal.quantize_groups(w.cuda(), grid.cuda(), 4, 64, 1)
+    assert str(caught.value).split("\n")[0] == str(cpu.value).split("\n")[0]
+
+
 def test_a_module_moves_to_the_gpu_and_back() -> None:
     w, config = shapes.student_t(256, 512), QuantizeConfig()
     module = PrecalLinear.from_qtensor(quantize_weight(w, config, fit_set_grid([w], config)))

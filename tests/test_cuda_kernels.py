@@ -418,6 +418,7 @@ def test_every_op_has_a_kernel(gpu: emulator.Emulated) -> None:
 
 
 def test_errors_name_the_argument(gpu: emulator.Emulated) -> None:
+    gpu.device()  # whatever ran before
     w = torch.ones(2, 64)
     weight = shapes.random_weight(0, 3, 64, 4, 32, 1)
     prepacked = prepack(gpu, weight)

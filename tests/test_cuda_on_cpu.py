@@ -7,7 +7,7 @@ import subprocess
 import emulator
 import pytest
 
-RIGHT = ["block_sum", "warp_reverse", "last_arriver", "copies", "matrix_bf16", "matrix_f16"]
+RIGHT = ["block_sum", "warp_reverse", "last_arriver", "copies", "matrix_bf16", "matrix_f16", "conversions"]
 
 # Fault: what the report must say when memory is checked, and when races are. None: this variant cannot see it.
 FAULTS: dict[str, tuple[str | None, str]] = {

@@ -12,7 +12,14 @@ from test_build import BUILD
 from precal_ext import _C
 
 # Kernels where a spill would cost memory traffic in an inner loop. The others may not spill either, as it happens.
-HOT = ["linear_small_kernel", "linear_large_kernel", "search_kernel", "trace_kernel", "histogram_kernel"]
+HOT = [
+    "linear_small_kernel",
+    "linear_large_kernel",
+    "dense_tiled_kernel",
+    "search_kernel",
+    "trace_kernel",
+    "histogram_kernel",
+]
 
 ENTRY = re.compile(
     r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

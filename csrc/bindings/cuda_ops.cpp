@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/cuda_ops.h"
 
+#include "cuda/linear_config.h"
+
 namespace precal::bindings::gpu {
 
 namespace {
@@ -320,6 +322,42 @@ Status Linear::launch(const TensorView* out, void* workspace, cudaStream_t strea
   p.groups = format::num_groups(p.format);
   p.workspace = workspace;
   return cuda::launch_linear(p, stream);
+}
+
+Status Linear::prefers_dense(bool* dense) const {
+  constexpr const char* op = "linear";
+  WeightFormat f;
+  int capability = 0;
+  *dense = false;
+  if (!cuda::kDenseMeasured) return {};
+  PRECAL_RETURN_IF_ERROR(check_prepacked(op, weight, &f));
+  PRECAL_RETURN_IF_ERROR(cuda::compute_capability(op, &capability));
+  *dense = cuda::dense_is_chosen(f, tokens_of(x), x.dtype == DType::kFloat32, capability, cuda::kDenseMeasured);
+  return {};
+}
+
+Status DenseRows::plan(TensorSpec* out) const {
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(check_prepacked("dense_rows", weight, &f));
+  if (first_row < 0 || first_row % format::kRowTile != 0 || rows < 0 || first_row + rows > f.N) {
+    return invalid_value("dense_rows: rows must lie in [0, N) and begin at a multiple of 16, got ", rows, " from ",
+                         first_row, " of ", f.N);
+  }
+  out[0] = {dtype, {rows, f.K}};
+  return {};
+}
+
+Status DenseRows::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  cuda::DenseRowsParams p{};
+  PRECAL_RETURN_IF_ERROR(check_prepacked("dense_rows", weight, &p.format));
+  p.layout = format::cuda_layout(p.format);
+  p.prepacked = weight.data.as<uint8_t>();
+  p.groups = format::num_groups(p.format);
+  p.out = out[0].data;
+  p.dtype = dtype;
+  p.first_row = first_row;
+  p.rows = rows;
+  return cuda::launch_dense_rows(p, stream);
 }
 
 }  // namespace precal::bindings::gpu

@@ -108,6 +108,19 @@ py::dict linear_config(int64_t N, int64_t K, int64_t bits, int64_t group_size, b
   return found;
 }
 
+py::dict dense_config(int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t M, bool float32, int capability,
+                      bool measured) {
+  format::WeightFormat f;
+  f.N = N;
+  f.K = K;
+  f.bits = int(bits);
+  f.group_size = group_size;
+  py::dict found;
+  found["chosen"] = cuda::dense_is_chosen(f, M, float32, capability, measured);
+  found["slice_rows"] = cuda::dense_slice_rows(N, K, float32 ? 4 : 2);
+  return found;
+}
+
 }  // namespace
 }  // namespace precal::bindings
 
@@ -132,6 +145,9 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
   m.def("linear_config", &linear_config, py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"),
         py::arg("split"), py::arg("M"), py::arg("float32"), py::arg("multiprocessors"), py::arg("shared_bytes"),
         "How linear would run such a weight on such a device (csrc/cuda/linear_config.h).");
+  m.def("dense_config", &dense_config, py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("M"),
+        py::arg("float32"), py::arg("capability"), py::arg("measured") = cuda::kDenseMeasured,
+        "Whether linear would dequantize and let torch multiply, and in slices of how many rows.");
 
   m.def(
       "soft_threshold",
@@ -275,6 +291,24 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
       },
       py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
       py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), py::arg("segment") = 0, PRECAL_ENDING);
+
+  m.def(
+      "dense_rows",
+      [](const object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, int64_t grid_size,
+         bool split, const std::string& scale_dtype, int64_t segment, int64_t first_row, const object& out,
+         const object& workspace, uintptr_t stream) {
+        const Call call{"dense_rows", stream};
+        const Borrowed a = call.tensor("prepacked", prepacked), o = call.tensor("out", out);
+        check(check_dtype("dense_rows", "out", o.view, {DType::kFloat32, DType::kFloat16, DType::kBFloat16}));
+        call.run(gpu::DenseRows({a.view, N, K, bits, group_size, c, grid_size, split, scale_dtype, segment},
+                                o.view.dtype, first_row, o.view.ndim > 0 ? o.view.shape[0] : 0),
+                 out, workspace);
+      },
+      py::arg("prepacked"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("c"),
+      py::arg("grid_size"), py::arg("split"), py::arg("scale_dtype"), py::arg("segment") = 0, py::arg("first_row") = 0,
+      PRECAL_ENDING,
+      "Rows of W' from `first_row` on, as many as `out` [rows, K] has, in its dtype: what torch's linear multiplies\n"
+      "with where PRECAL_LINEAR=dequantize.");
 
   m.def(
       "linear",

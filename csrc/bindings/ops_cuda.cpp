@@ -1,27 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.precal on CUDA devices. Loaded by precal_ext only where torch itself has CUDA.
+#include <cstdlib>
 #include <string>
 #include <tuple>
 
 #include "bindings/cuda_ops.h"
-#include "bindings/torch_tensor.h"
-
-#include <torch/csrc/stable/accelerator.h>
+#include "bindings/dense_linear.h"
+#include "bindings/torch_cuda.h"
 
 namespace precal::bindings {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 // Another argument may have brought the call here.
 int32_t device_of(const char* op, const Tensor& first) {
-  if (!first.is_cuda()) {
+  if (!is_on_gpu(first)) {
     throw std::runtime_error(concat(op, ": the first argument must be on the CUDA device of the others, got a CPU ",
                                     "tensor; call .to(device) first"));
   }
@@ -31,12 +25,12 @@ int32_t device_of(const char* op, const Tensor& first) {
 // One call of one op: on the device and the current stream of its first tensor, where the others must lie too.
 struct DeviceCall : Call {
   const Tensor& like;
-  torch::stable::accelerator::DeviceGuard guard;
+  DeviceGuard guard;
 
   DeviceCall(const char* name, const Tensor& first) : Call{name}, like(first), guard(device_of(name, first)) {}
 
   TensorView tensor(const char* name, const Tensor& t) const {
-    if (!t.is_cuda() || t.get_device_index() != like.get_device_index()) {
+    if (!is_on_gpu(t) || t.get_device_index() != like.get_device_index()) {
       throw std::runtime_error(concat(op, ": ", name, " must be on CUDA device ", like.get_device_index(),
                                       " as the first argument, got another device; call .to(device) first"));
     }
@@ -60,8 +54,14 @@ struct DeviceCall : Call {
     const int64_t bytes = arguments.workspace_bytes();
     Tensor workspace;  // freed on return: the allocator hands it on in the order of the stream
     if (bytes > 0) workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-    check(arguments.launch(views.data(), bytes > 0 ? workspace.data_ptr() : nullptr,
-                           current_stream(like.get_device_index())));
+    const cudaStream_t stream = current_stream(like.get_device_index());
+    check(arguments.launch(views.data(), bytes > 0 ? workspace.data_ptr() : nullptr, stream));
+    if constexpr (gpu::HasVerify<Op>::value) {
+      if (!cuda::is_capturing(stream)) {
+        const Tensor flag = torch::stable::new_empty(like, {1}, ScalarType::Int);
+        check(arguments.verify(views.data(), static_cast<uint32_t*>(flag.data_ptr()), stream));
+      }
+    }
     return outputs;
   }
   template <typename Op>
@@ -184,22 +184,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> unpre
       {call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype, segment}});
 }
 
+// PRECAL_LINEAR, looked at in every call: the product of dense matrices, precal's own kernels, or what is faster.
+bool wants_dense(const gpu::Linear& arguments) {
+  const char* text = std::getenv("PRECAL_LINEAR");
+  const std::string wanted = text == nullptr ? "auto" : text;
+  bool dense = wanted == "dequantize";
+  if (wanted == "auto" || wanted.empty()) {
+    check(arguments.prefers_dense(&dense));
+  } else if (!dense && wanted != "mma") {
+    check(invalid_value("linear: PRECAL_LINEAR must be auto, mma or dequantize, got ", quoted(wanted)));
+  }
+  return dense;
+}
+
 // x may be strided: activations often are, and a copy of them is small beside the weight.
 Tensor linear(const Tensor& x, const Tensor& prepacked, MaybeTensor bias, int64_t N, int64_t K, int64_t bits,
               int64_t group_size, int64_t c, int64_t grid_size, bool split, std::string scale_dtype, int64_t segment,
               std::string activations) {
   const DeviceCall call("linear", x);
   const Tensor rows = torch::stable::contiguous(x);
-  return call.run(gpu::Linear{
+  const gpu::Linear arguments{
       call.tensor("x", rows),
       {call.tensor("prepacked", prepacked), N, K, bits, group_size, c, grid_size, split, scale_dtype, segment},
       call.optional("bias", bias),
-      activations})[0];
+      activations};
+  TensorSpec y;
+  check(arguments.plan(&y));
+  if (y.numel() == 0 || K == 0 || !wants_dense(arguments)) return call.run(arguments)[0];
+  return dense_linear(rows, bias, N, K, slice_rows(N, K, dtype_bytes(y.dtype)), [&](int64_t first, const Tensor& w) {
+    const TensorView out = call.view("slice", w);
+    check(gpu::DenseRows(arguments.weight, y.dtype, first, w.size(0))
+              .launch(&out, nullptr, current_stream(x.get_device_index())));
+  });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(precal, CUDA, m) {
+PRECAL_TORCH_LIBRARY_IMPL(PRECAL_NAMESPACE, PRECAL_CUDA_KEY, m) {
   m.impl("soft_threshold", TORCH_BOX(&soft_threshold));
   m.impl("salience_threshold", TORCH_BOX(&salience_threshold));
   m.impl("salience_mask", TORCH_BOX(&salience_mask));

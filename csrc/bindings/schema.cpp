@@ -2,7 +2,12 @@
 // Every op's signature. Shapes, ranges and errors: precal_ext/ops.py.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(precal, m) {
+#if !defined(PRECAL_NAMESPACE)  // tests/cuda_on_cpu has one of its own
+#define PRECAL_NAMESPACE precal
+#endif
+#define PRECAL_TORCH_LIBRARY(space, m) STABLE_TORCH_LIBRARY(space, m)  // the macro of torch pastes its arguments
+
+PRECAL_TORCH_LIBRARY(PRECAL_NAMESPACE, m) {
   // salience
   m.def("soft_threshold(Tensor w, float lam) -> Tensor");
   m.def(

@@ -151,7 +151,43 @@ struct LinearParams {
   int64_t M, groups;  // groups of a row
   void* workspace;
 };
+// Rows [first_row, first_row + rows) of W', first_row a multiple of 16.
+struct DenseRowsParams {
+  format::WeightFormat format;
+  format::CudaLayout layout;
+  const uint8_t* prepacked;
+  int64_t groups;  // of a row
+  void* out;       // [rows, K] dtype
+  DType dtype;     // float32, float16 or bfloat16
+  int64_t first_row, rows;
+};
+Status launch_dense_rows(const DenseRowsParams& params, cudaStream_t stream);
+
+// Major * 10 + minor of the current device.
+Status compute_capability(const char* op, int* capability);
+
 Status linear_workspace(const format::WeightFormat& format, int64_t M, DType x_dtype, int64_t* bytes);
 Status launch_linear(const LinearParams& params, cudaStream_t stream);
+
+// ---- what only the values of a tensor show
+// ---------------------------------------------------------------------------
+enum class ValueRule {
+  kNotNan,       // floats
+  kFinite,       // floats
+  kNotNegative,  // int64, or floats that are finite too
+  kBelow,        // uint8 or int64 in [0, limit)
+  kLevels,       // int8: above -128, non-decreasing, the ends not both zero, the last above zero where limit is 1
+};
+struct ValueCheck {
+  const void* data;
+  DType dtype;
+  int64_t count;
+  ValueRule rule;
+  int64_t limit;
+};
+// *flag becomes 1 where the rule is broken, and is left as it is elsewhere.
+Status launch_check_values(const char* op, const ValueCheck& check, uint32_t* flag, cudaStream_t stream);
+// Whether a graph is being captured, so that nothing may wait.
+bool is_capturing(cudaStream_t stream);
 
 }  // namespace precal::cuda

@@ -20,6 +20,15 @@ Status choose(const format::WeightFormat& format, int64_t M, DType x_dtype, Line
 
 }  // namespace
 
+Status compute_capability(const char* op, int* capability) {
+  int device = 0, major = 0, minor = 0;
+  PRECAL_RETURN_IF_ERROR(check_cuda(op, cudaGetDevice(&device)));
+  PRECAL_RETURN_IF_ERROR(check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+  PRECAL_RETURN_IF_ERROR(check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
+  *capability = major * 10 + minor;
+  return {};
+}
+
 Status linear_workspace(const format::WeightFormat& format, int64_t M, DType x_dtype, int64_t* bytes) {
   LinearConfig config;
   PRECAL_RETURN_IF_ERROR(choose(format, M, x_dtype, &config));

@@ -35,8 +35,12 @@ constexpr int64_t kCountersAlign = 256;
 // Windows of a pair of codes and the two low bits before it.
 PRECAL_INLINE int window_bits(int bits) { return 2 * bits + 2; }
 PRECAL_INLINE int64_t table_bytes(int bits) { return (int64_t(4) << window_bits(bits)) * kTableCopies; }
-// x of a panel in the order of fragments, and its restarts.
-PRECAL_INLINE int64_t panel_bytes(int octets) { return 256 * 8 * 2 * int64_t(octets) + 16; }
+// x of a panel, and where blocks of the trellis begin in it.
+PRECAL_INLINE int64_t panel_bytes(int octets) { return 256 * 8 * 2 * int64_t(octets) + 32; }
+// The table, x, and 16 bytes of which one element is zero.
+PRECAL_INLINE int64_t small_bytes(int bits, int octets, int64_t panels) {
+  return table_bytes(bits) + panels * panel_bytes(octets) + 16;
+}
 
 constexpr int kLargeRows = 128, kLargeColumns = 64;  // of W
 constexpr int kLargeCopies = 8;                      // of its table: a quarter of the lanes share one
@@ -53,7 +57,7 @@ PRECAL_INLINE LinearConfig linear_config(const format::WeightFormat& f, int64_t 
   c.rows = M;
   if (!format::is_cuda_tiled(f)) return c;
   const format::CudaLayout layout = format::cuda_layout(f);
-  const int64_t most_panels = (shared_bytes - table_bytes(f.bits)) / panel_bytes(2);
+  const int64_t most_panels = (shared_bytes - small_bytes(f.bits, 2, 0)) / panel_bytes(2);
   const bool small_fits = most_panels >= 1;
   if (!x_is_float32 && (M > kSmallColumns || !small_fits) && shared_bytes >= large_bytes(f.bits, 64)) {
     c.kernel = LinearKernel::kLarge;
@@ -87,12 +91,40 @@ PRECAL_INLINE LinearConfig linear_config(const format::WeightFormat& f, int64_t 
   c.blocks = int64_t(sms) / c.slices;
   if (c.blocks > enough) c.blocks = enough;
   if (c.blocks < 1) c.blocks = 1;
-  c.shared_bytes = table_bytes(f.bits) + c.panels * panel_bytes(c.octets);
+  c.shared_bytes = small_bytes(f.bits, c.octets, c.panels);
   if (c.slices > 1 || c.planes > 1) {
     c.workspace_bytes = round_up(layout.row_tiles * 4, kCountersAlign) +
                         c.slices * c.rows * c.planes * layout.row_tiles * format::kRowTile * 4;
   }
   return c;
+}
+
+// ---- dequantize, then a matrix product of dense matrices (csrc/bindings/dense_linear.h) -----------------------------
+// Chosen where it was measured to be faster: it is the library's product, and the weight's way through memory is short
+// beside it for many tokens. Nothing was measured yet, so it runs only where PRECAL_LINEAR=dequantize asks for it.
+constexpr bool kDenseMeasured = false;
+
+// Tokens from which it is expected to be faster (docs/cuda.md has the estimate); 0: never.
+PRECAL_INLINE int64_t dense_tokens(const format::WeightFormat& f, int capability, bool x_is_float32) {
+  if (f.N == 0 || f.K == 0) return 0;
+  if (!format::is_cuda_tiled(f)) return 16;  // the other kernel is the slow one
+  if (x_is_float32) return 64;               // the other reads the weight once for five tokens
+  return capability / 10 == 9 ? 384 : 0;     // mma.sync reaches about 0.6 of wgmma; where it is all there is, stay
+}
+
+PRECAL_INLINE bool dense_is_chosen(const format::WeightFormat& f, int64_t M, bool x_is_float32, int capability,
+                                   bool measured) {
+  const int64_t from = dense_tokens(f, capability, x_is_float32);
+  return measured && from > 0 && M >= from;
+}
+
+// Rows of a slice: 32 MiB, which the caches of large GPUs keep until the product has read them.
+PRECAL_INLINE int64_t dense_slice_rows(int64_t N, int64_t K, int64_t element_bytes) {
+  constexpr int64_t kBytes = int64_t(32) << 20, kTile = 128;
+  int64_t most = kBytes / (element_bytes * (K > 0 ? K : 1)) / kTile * kTile;
+  if (most < kTile) most = kTile;
+  const int64_t slices = N > most ? ceil_div(N, most) : 1;
+  return round_up(ceil_div(N > 0 ? N : 1, slices), kTile);
 }
 
 }  // namespace precal::cuda

@@ -42,6 +42,22 @@ struct LargeParams {
 // Byte of 16-byte unit `unit` of row `row` of a tile.
 __device__ __forceinline__ int swizzled(int row, int unit) { return row * kRowBytes + ((unit ^ row % 8) * 16); }
 
+// The low bits of the last two codes of the first kPairs pairs: of row g in bits 0-1, of row g + 8 in bits 2-3.
+template <int kPairs, int kBits>
+__device__ __forceinline__ uint32_t chunk_low_bits(const uint32_t (&words)[kBits]) {
+  constexpr int kEnd = kPairs * 2 * kBits - 2;
+  return bits_of<kEnd, 2, 0>(words) | bits_of<16 * kBits + kEnd, 2, 2>(words);
+}
+
+// History of a lane's run: the last low bits of the lane that owns the columns before. `mine`: what this lane has for
+// its right neighbour, `wrap`: what lane t = 3 has for t = 0, whose run comes after it.
+__device__ __forceinline__ uint32_t history_of_run(uint32_t mine, uint32_t wrap, bool restarts) {
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t offered = lane % 4 == 3 ? wrap : mine;
+  const uint32_t got = __shfl_sync(0xFFFFFFFFu, offered, (lane & ~3) | ((lane + 3) & 3));
+  return restarts ? 0u : got;
+}
+
 template <int kBits, bool kHalf, int kTokens>
 struct Large {
   // Warps share the tile as kWarpsN x kWarpsM; each has kTilesN row tiles and kOctets octets of tokens.
@@ -112,18 +128,18 @@ struct Large {
     }
   }
 
-  // Scales of rows g and g + 8.
-  __device__ __forceinline__ void load_scales(int group, float (&scale)[2]) const {
+  // Scales of rows g and g + 8 at column k.
+  __device__ __forceinline__ void load_scales(int k, float (&scale)[2]) const {
     constexpr float kUnit = kHalf ? kHalfUnit : 1.0f;
-    const int64_t at = ((row_tile * a.groups + group) * 8 + g) * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      scale[i] = 0.0f;
-      if (group >= a.groups) continue;  // columns past K
-      scale[i] = f.scale_type == format::ScaleType::kE4m3
-                     ? small_e4m3((a.prepacked + a.layout.scale)[at + i]) * (kScaleUnit * kUnit)
-                     : ptx::unpack_f16(reinterpret_cast<const uint16_t*>(a.prepacked + a.layout.scale)[at + i]) * kUnit;
+    const int64_t at = scale_at(a.layout, row_tile, g, k);
+    uint32_t both;
+    if (f.scale_type == format::ScaleType::kE4m3) {
+      both = ptx::unpack_e4m3x2(*reinterpret_cast<const uint16_t*>(a.prepacked + a.layout.scale + at));
+    } else {
+      both = *reinterpret_cast<const uint32_t*>(a.prepacked + a.layout.scale + at * 2);
     }
+    scale[0] = ptx::unpack_f16(uint16_t(both)) * kUnit;
+    scale[1] = ptx::unpack_f16(uint16_t(both >> 16)) * kUnit;
   }
 
   static __device__ __forceinline__ float to_float(uint32_t h) {
@@ -148,16 +164,17 @@ struct Large {
   __device__ __forceinline__ void store_run(const Codes& codes, uint32_t history, float scale, uint8_t* stage) const {
     constexpr int kFirst = 4 * kHalfChunk, kAt = 5;  // 8 copies of 4 bytes
     static_assert(4 * kLargeCopies == 1 << kAt, "an offset in the table");
+    constexpr int kField = 2 * kRow;
     uint32_t first;
     if constexpr (kHalfChunk == 0) {
-      first = window_of<0, kRow, kAt, true>(codes.words, history);
+      first = window_of<0, kRow, kAt, kField>(codes.words, history);
     } else {
-      first = a.layout.run == 8 ? window_of<kFirst, kRow, kAt, true>(codes.words, history)
-                                : window_of<kFirst, kRow, kAt, false>(codes.words, 0);
+      first = a.layout.run == 8 ? window_of<kFirst, kRow, kAt, kField>(codes.words, history)
+                                : window_of<kFirst, kRow, kAt, kInWords>(codes.words, 0);
     }
-    const uint32_t windows[4] = {first, window_of<kFirst + 1, kRow, kAt, false>(codes.words, 0),
-                                 window_of<kFirst + 2, kRow, kAt, false>(codes.words, 0),
-                                 window_of<kFirst + 3, kRow, kAt, false>(codes.words, 0)};
+    const uint32_t windows[4] = {first, window_of<kFirst + 1, kRow, kAt, kInWords>(codes.words, 0),
+                                 window_of<kFirst + 2, kRow, kAt, kInWords>(codes.words, 0),
+                                 window_of<kFirst + 3, kRow, kAt, kInWords>(codes.words, 0)};
     const int unit = format::chunk_column(a.layout.run, t, 8 * kHalfChunk) / 8;
     *reinterpret_cast<uint4*>(stage + swizzled(warp * 16 + g + 8 * kRow, unit)) = scaled(windows, scale);
   }
@@ -176,7 +193,8 @@ struct Large {
           if ((a.layout.run == 16 ? column / 16 : column % 32 / 8) != t) continue;
           uint16_t* h =
               reinterpret_cast<uint16_t*>(stage + swizzled(warp * 16 + g + 8 * half, column / 8)) + column % 8;
-          const float value = small_e4m3(e >> 8) * (kScaleUnit * format::kOutlierUnit * (kHalf ? kHalfUnit : 1.0f));
+          const float value = ptx::unpack_f16(uint16_t(ptx::unpack_e4m3x2(uint16_t(e >> 8)))) *
+                              (format::kOutlierUnit * (kHalf ? kHalfUnit : 1.0f));
           *h = uint16_t(pack(to_float(*h) + value, 0.0f));
         }
       }
@@ -189,26 +207,22 @@ struct Large {
   __device__ __forceinline__ void dequantize(int64_t step, const Codes& codes, Cursor* at, uint32_t* before) const {
     if (row_tile >= a.layout.row_tiles) return;
     uint8_t* stage = tile_w + step % 2 * (kLargeRows * kRowBytes);
-    const int k0 = int(first_chunk + step) * kLargeColumns, size = int(f.group_size);
-    const uint32_t restarts = at->restarts(k0, int(f.K)), end = last_low_bits<8>(codes.words);
+    const int k0 = int(first_chunk + step) * kLargeColumns;
+    const uint32_t restarts = at->restarts(k0, int(f.K)), end = chunk_low_bits<8>(codes.words);
     float scale[2];
-    load_scales(at->group, scale);
+    load_scales(k0, scale);
     uint32_t first, second;
     if (a.layout.run == 16) {
       first = history_of_run(end, *before, (t == 0 && (restarts & 1u)) || (t == 2 && (restarts & 2u)));
       second = 0;
     } else {
-      const uint32_t middle = last_low_bits<4>(codes.words);
+      const uint32_t middle = chunk_low_bits<4>(codes.words);
       first = history_of_run(middle, *before, t == 0 && (restarts & 1u));
       second = history_of_run(end, middle, t == 0 && (restarts & 2u));
     }
     store_run<0, 0>(codes, first, scale[0], stage);
     store_run<0, 1>(codes, first, scale[1], stage);
-    at->next_columns(a.layout.run == 16 ? kLargeColumns : 32, size);
-    if (a.layout.run == 8) {
-      load_scales(at->group, scale);
-      at->next_columns(32, size);
-    }
+    if (a.layout.run == 8) load_scales(k0 + 32, scale);
     store_run<1, 0>(codes, second, scale[0], stage);
     store_run<1, 1>(codes, second, scale[1], stage);
     if (f.c > 0) add_outliers(k0, *at, stage);
@@ -256,14 +270,14 @@ struct Large {
     if (first_chunk == 0 || row_tile >= a.layout.row_tiles) return 0;
     Codes codes = {};
     load_codes(first_chunk - 1, &codes);
-    return last_low_bits<8>(codes.words);
+    return chunk_low_bits<8>(codes.words);
   }
 
   __device__ __forceinline__ void run(float (&sums)[kTilesN][kOctets][4]) const {
     const bool vectors = f.K % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
     uint32_t before = bits_before();
     Cursor at;
-    at.place(f, p.blocks, int(first_chunk) * kLargeColumns);
+    at.place(p.blocks, int(first_chunk) * kLargeColumns);
     Codes next = {};
     load_codes(first_chunk, &next);
     for (int step = 0; step < 2; ++step) {
@@ -339,7 +353,7 @@ template <int kBits, bool kHalf, int kTokens>
 __global__ void __launch_bounds__(kThreads, 1) linear_large_kernel(LargeParams p) {
   using Kernel = Large<kBits, kHalf, kTokens>;
   const Kernel k(p, dynamic_shared<uint8_t>());
-  build_table<kBits, kHalf, kLargeCopies>(k.table, p.linear.prepacked, p.linear.format.grid_size, kThreads);
+  build_table<kBits, kHalf, kLargeCopies>(k.table, p.linear.prepacked, p.linear.format.grid_size, kWarps);
   __syncthreads();
   float sums[Kernel::kTilesN][Kernel::kOctets][4] = {};
   if (k.num_chunks > 0) k.run(sums);

@@ -6,16 +6,14 @@
 //   workspace  counters [row tiles], then sums [slices][columns of mma][rows]; none if one slice finishes its rows
 //
 // Work    A warp owns a row tile (16 rows) of one slice of K and runs through its panels of 256 columns, 16 bytes a
-// lane
-//         and piece, the next panel's loads in flight while this one is multiplied. Codes become pairs of levels by a
-//         table in shared memory with one copy a lane (no bank conflicts); levels are exact in 16 bits, so scales come
-//         after the sum of a group, in float32. x of the slice lies in shared memory in the order of fragments.
-// Sums    Group, then slice, then all slices in order, by whichever warp arrives last: the same bits in any order of
-//         arrival and for any M up to 16. No atomics on floats.
+//         lane and piece, two panels in turn: a piece is asked for as soon as the one in its registers was used. Codes
+//         become pairs of levels by a table in shared memory with one copy a lane (no bank conflicts); levels are exact
+//         in 16 bits, so scales come after the sum of a group, in float32. x of the slice lies in shared memory.
+// Sums    Group, then slice with its outliers, then all slices in order, by whichever warp arrives last: the same bits
+//         in any order of arrival and for any M up to 16. No atomics on floats.
 // Budget  table 128 KB (4 bits) or 32 KB (3 bits), 4 KB of x per panel and 8 columns of mma.
-// Count   4 bits, one octet: per pair of weights a shift, a mask and a load from shared memory; per 32 weights of a
-// lane
-//         4 mma, 2 loads of x, 4 fma of scales and about 20 for history, scales and loop.
+// Count   docs/cuda.md, held by tests/test_cuda_sass.py. Per pair of weights a mask, a shift with the addition of an
+//         address, and a load from shared memory; the rest is less than half of it.
 // Limits  M * planes <= 16.
 #include "cuda/elements.cuh"
 #include "cuda/linear_config.h"
@@ -25,18 +23,12 @@ namespace precal::cuda {
 
 namespace {
 
+constexpr int kAhead = 4;  // entries of outliers that are loaded together
+
 struct SmallParams {
   LinearParams linear;
   LinearConfig config;
   format::OutlierBlocks blocks;
-};
-
-// Everything a lane loads of a panel.
-template <int kBits>
-struct Panel {
-  uint4 codes[kBits];
-  uint32_t scales[8];  // of rows g and g + 8, per half chunk
-  uint32_t outlier;    // the first entry of the block at the panel's begin: both rows
 };
 
 struct Lane {
@@ -45,18 +37,28 @@ struct Lane {
 
 template <int kBits, bool kHalf, int kOctets, int kRun>
 struct Small {
-  // Two octets and twice as many scales need more registers than twelve warps leave: they would spill.
-  static constexpr int kWarps = kOctets == 2 && kRun == 8 ? 8 : kSmallWarps, kThreads = kWarps * 32;
+  // Two octets, or twice as many scales, need more registers than twelve warps leave: they would spill. Between eight
+  // and twelve nothing is gained, a quarter of the multiprocessor having three of ten as well.
+  static constexpr int kWarps = kOctets == 2 || kRun == 8 ? 8 : kSmallWarps, kThreads = kWarps * 32;
+  static constexpr int kUnits = 64 / kRun;  // of a panel: the columns of a unit have one scale, and four runs
+  static constexpr int kQuads = kUnits / 4;
+
+  // What a lane loads of a panel: codes, and scales of rows g and g + 8, of every unit.
+  template <bool kHalfScale>
+  struct Panel {
+    uint4 codes[kBits];
+    uint32_t scales[kHalfScale ? kUnits : kUnits / 2];
+  };
+  using Sums = float[kOctets][4];
 
   const SmallParams& p;
   const LinearParams& a;
   const format::WeightFormat& f;
   Lane l;
-  uint32_t* table;     // [windows][32]
-  uint4* x;            // [panels][4 chunks][2 halves][kOctets][32]
-  uint32_t* restarts;  // [panels][4]
+  uint32_t* table;   // [windows][32]
+  uint8_t* x;        // [panels][4 chunks][kOctets][8 tokens][64 columns] 16 bits, pieces of 16 bytes as swizzled()
+  uint32_t* begins;  // [panels][4 lanes t][kQuads]: history that counts, in the order of history_of()
   int first_panel, num_panels;
-  Cursor start;  // of the slice
 
   __device__ __forceinline__ Small(const SmallParams& params, uint8_t* shared)
       : p(params), a(params.linear), f(params.linear.format) {
@@ -64,13 +66,11 @@ struct Small {
     l.g = l.lane / 4;
     l.t = l.lane % 4;
     table = reinterpret_cast<uint32_t*>(shared);
-    x = reinterpret_cast<uint4*>(shared + table_bytes(kBits));
-    restarts = reinterpret_cast<uint32_t*>(x + p.config.panels * 256 * kOctets);
+    x = shared + table_bytes(kBits);
+    begins = reinterpret_cast<uint32_t*>(x + p.config.panels * 4096 * kOctets);
     first_panel = int(blockIdx.y * p.config.panels);
     num_panels = int(a.layout.panels) - first_panel;
     if (num_panels > p.config.panels) num_panels = int(p.config.panels);
-    start = {};
-    if (num_panels > 0) start.place(f, p.blocks, first_panel * 256);
   }
 
   // ---- x -----------------------------------------------------------------------------------------------------------
@@ -86,12 +86,23 @@ struct Small {
     return uint16_t(float_bits(rest) >> 16);
   }
 
+  // Pieces of 16 bytes of a token's chunk lie in an order of their own: the eight lanes that read a piece in one turn,
+  // of tokens g and g + 1, meet all banks, and so do the eight tokens of one column.
+  static __device__ __forceinline__ int swizzle(int token) {
+    return (kRun == 16 ? token : token % 2 * 4 + token / 2) * 16;
+  }
+
+  // Byte of column k of the slice and mma column 8 o + token; `at_token` is token_bytes(token).
+  static __device__ __forceinline__ int token_bytes(int token) { return token * 128; }
+  static __device__ __forceinline__ int x_byte(int k, int o, int at_token, int swizzled) {
+    return ((k / 64 * kOctets + o) * 1024 + at_token + k % 64 * 2) ^ swizzled;
+  }
+
   __device__ __forceinline__ void stage_x() const {
     const bool vectors = a.x_dtype != DType::kFloat32 && f.K % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
     for (int i = int(threadIdx.x); i < num_panels * 256 * kOctets; i += kThreads) {
-      const int lane = i % 32, octet = i / 32 % kOctets, half = i / (32 * kOctets) % 2, chunk = i / (64 * kOctets);
-      const int64_t column = octet * 8 + lane / 4;
-      const int64_t k = first_panel * 256 + chunk * 64 + format::chunk_column(kRun, lane % 4, half * 8);
+      const int piece = i % 8, token = i / 8 % 8, octet = i / 64 % kOctets, chunk = i / (64 * kOctets);
+      const int64_t column = octet * 8 + token, k = (first_panel * 4 + chunk) * 64 + piece * 8;
       uint4 v = make_uint4(0, 0, 0, 0);
       if (vectors) {
         if (column < a.M && k < f.K) {
@@ -104,20 +115,13 @@ struct Small {
         }
         v = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
-      x[i] = v;
+      *reinterpret_cast<uint4*>(x + x_byte(chunk * 64 + piece * 8, octet, token_bytes(token), swizzle(token))) = v;
     }
-    for (int i = int(threadIdx.x); i < num_panels * 4; i += kThreads) {
-      restarts[i] = chunk_restarts(p.blocks, first_panel * 256 + i * 64, f.K);
+    if (threadIdx.x == 0) begins[p.config.panels * 4 * kQuads] = 0;  // what a column that is not there holds
+    for (int i = int(threadIdx.x); i < num_panels * 4 * kQuads; i += kThreads) {
+      const int quad = i % kQuads, t = i / kQuads % 4, panel = first_panel + i / (4 * kQuads);
+      begins[i] = history_that_counts<kRun>(p.blocks, panel * 256 + quad * (4 * 4 * kRun), t, f.K);
     }
-  }
-
-  // x of mma column `column` at column k of this slice.
-  __device__ __forceinline__ float staged_x(int column, int k) const {
-    const int c = k % 64;
-    const int t = kRun == 16 ? c / 16 : c % 32 / 8, i = kRun == 16 ? c % 16 : c / 32 * 8 + c % 8;
-    const int unit = ((k / 64 * 2 + i / 8) * kOctets + column / 8) * 32 + column % 8 * 4 + t;
-    const uint16_t h = reinterpret_cast<const uint16_t*>(x + unit)[i % 8];
-    return kHalf ? ptx::unpack_f16(h) : bf16_to_float(h);
   }
 
   // ---- the weight --------------------------------------------------------------------------------------------------
@@ -126,47 +130,50 @@ struct Small {
            (tile * a.layout.panels + panel) * kBits * 128;
   }
 
-  __device__ __forceinline__ uint32_t load_scales(int64_t tile, int group) const {
-    if (group >= a.groups) return 0;  // columns past K
-    const int64_t pair = (tile * a.groups + group) * 8 + l.g;
-    return f.scale_type == format::ScaleType::kE4m3
-               ? reinterpret_cast<const uint16_t*>(a.prepacked + a.layout.scale)[pair]
-               : reinterpret_cast<const uint32_t*>(a.prepacked + a.layout.scale)[pair];
-  }
-
-  __device__ __forceinline__ uint32_t load_outlier(int64_t tile, int64_t block, int i) const {
-    const uint32_t* entries = reinterpret_cast<const uint32_t*>(a.prepacked + a.layout.outliers);
-    return entries[((tile * p.blocks.num_blocks + block) * f.c + i) * 8 + l.g];
-  }
-
-  // The panel at `codes` and `ahead`, which go on to the next one, of column `next_column`.
-  __device__ __forceinline__ void load_panel(int64_t tile, int next_column, const uint4** codes, Cursor* ahead,
-                                             Panel<kBits>* out) const {
+  // `from`: this lane's scales of the panel.
+  template <bool kHalfScale>
+  __device__ __forceinline__ void load_scales(const uint8_t* from, Panel<kHalfScale>* out) const {
+    const bool wide = kRun == 16 && a.layout.scale_columns == 128;  // two units, each for two chunks
+    if constexpr (!kHalfScale && kRun == 16) {
+      if (wide) {
+        const uint32_t v = *reinterpret_cast<const uint32_t*>(from);
+        out->scales[0] = __byte_perm(v, 0, 0x1010);
+        out->scales[1] = __byte_perm(v, 0, 0x3232);
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(from);
+        out->scales[0] = v.x;
+        out->scales[1] = v.y;
+      }
+    } else if (wide) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      out->scales[0] = out->scales[1] = v.x;
+      out->scales[2] = out->scales[3] = v.y;
+    } else {
 #pragma unroll
-    for (int i = 0; i < kBits; ++i) out->codes[i] = ptx::load_once(*codes + i * 32);
-    *codes += kBits * 32;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (kRun == 16 && i % 2 == 1) continue;
-      out->scales[i] = load_scales(tile, ahead->group);
-      ahead->next_columns(kRun == 16 ? 64 : 32, int(f.group_size));
+      for (int i = 0; i < int(sizeof(out->scales) / 16); ++i) {
+        const uint4 v = reinterpret_cast<const uint4*>(from)[i];
+        out->scales[4 * i] = v.x;
+        out->scales[4 * i + 1] = v.y;
+        out->scales[4 * i + 2] = v.z;
+        out->scales[4 * i + 3] = v.w;
+      }
     }
-    if (f.c == 0) return;
-    out->outlier = load_outlier(tile, ahead->block, 0);
-    ahead->go_to(next_column, int(p.blocks.segment), int(f.K));
   }
 
   // ---- sums --------------------------------------------------------------------------------------------------------
-  template <int kHalfChunk>
-  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], uint32_t history, const uint4* fragments,
-                                           float (&sums)[kOctets][4]) const {
+  // sums += the eight codes of half chunk kHalfChunk times x. With kBegins a run begins there, of unit kUnit of its
+  // quad.
+  template <int kHalfChunk, bool kBegins, int kUnit>
+  __device__ __forceinline__ void multiply(const uint32_t (&words)[kBits], uint32_t history, const uint8_t* fragments,
+                                           Sums& sums) const {
     constexpr int kFirst = 4 * kHalfChunk, kAt = 7;  // 32 copies of 4 bytes
-    constexpr bool kBegins = kHalfChunk == 0 || kRun == 8;
+    constexpr int kUpper = kBegins ? history_bit(kUnit, 0) : kInWords,
+                  kLower = kBegins ? history_bit(kUnit, 1) : kInWords;
     const uint32_t windows[4][2] = {
-        {window_of<kFirst, 0, kAt, kBegins>(words, history), window_of<kFirst, 1, kAt, kBegins>(words, history)},
-        {window_of<kFirst + 1, 0, kAt, false>(words, 0), window_of<kFirst + 1, 1, kAt, false>(words, 0)},
-        {window_of<kFirst + 2, 0, kAt, false>(words, 0), window_of<kFirst + 2, 1, kAt, false>(words, 0)},
-        {window_of<kFirst + 3, 0, kAt, false>(words, 0), window_of<kFirst + 3, 1, kAt, false>(words, 0)}};
+        {window_of<kFirst, 0, kAt, kUpper>(words, history), window_of<kFirst, 1, kAt, kLower>(words, history)},
+        {window_of<kFirst + 1, 0, kAt, kInWords>(words, 0), window_of<kFirst + 1, 1, kAt, kInWords>(words, 0)},
+        {window_of<kFirst + 2, 0, kAt, kInWords>(words, 0), window_of<kFirst + 2, 1, kAt, kInWords>(words, 0)},
+        {window_of<kFirst + 3, 0, kAt, kInWords>(words, 0), window_of<kFirst + 3, 1, kAt, kInWords>(words, 0)}};
     const uint32_t* own = table + l.lane;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -174,7 +181,7 @@ struct Small {
                                 look_up(own, windows[2 * s + 1][0]), look_up(own, windows[2 * s + 1][1])};
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
-        const uint4 v = fragments[o * 32 + l.lane];
+        const uint4 v = *reinterpret_cast<const uint4*>(fragments + o * 1024);
         const uint32_t columns[2] = {s == 0 ? v.x : v.z, s == 0 ? v.y : v.w};
         if (kHalf) {
           ptx::mma_f16(sums[o], rows, columns);
@@ -185,17 +192,16 @@ struct Small {
     }
   }
 
-  // total += scales * sums; then sums are zero again.
-  __device__ __forceinline__ void apply_scales(uint32_t raw, float (&sums)[kOctets][4],
-                                               float (&total)[kOctets][4]) const {
-    float low, high;
-    if (f.scale_type == format::ScaleType::kE4m3) {
-      low = small_e4m3(raw & 0xFFu);
-      high = small_e4m3(raw >> 8);
+  // total += scales of a unit * sums; then sums are zero again.
+  template <int kUnit, bool kHalfScale>
+  __device__ __forceinline__ void apply_scales(const Panel<kHalfScale>& panel, Sums& sums, Sums& total) const {
+    uint32_t both;
+    if constexpr (kHalfScale) {
+      both = panel.scales[kUnit];
     } else {
-      low = ptx::unpack_f16(uint16_t(raw)) * (1.0f / kScaleUnit);
-      high = ptx::unpack_f16(uint16_t(raw >> 16)) * (1.0f / kScaleUnit);
+      both = ptx::unpack_e4m3x2(uint16_t(panel.scales[kUnit / 2] >> (kUnit % 2 * 16)));
     }
+    const float low = ptx::unpack_f16(uint16_t(both)), high = ptx::unpack_f16(uint16_t(both >> 16));
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
@@ -206,110 +212,188 @@ struct Small {
     }
   }
 
-  __device__ __forceinline__ void add_outlier(uint32_t entry, const Cursor& block, int panel_begin,
-                                              float (&total)[kOctets][4]) const {
+  template <int kChunk, bool kHalfScale>
+  __device__ __forceinline__ void run_chunk(const Panel<kHalfScale>& panel, const uint32_t (&history)[kQuads],
+                                            const uint8_t* const (&x_at)[2], Sums& sums, Sums& total) const {
+    uint32_t words[kBits];
+    chunk_words<kBits, kChunk>(panel.codes, words);
+    if constexpr (kRun == 16) {
+      multiply<0, true, kChunk>(words, history[0], x_at[0] + kChunk * kOctets * 1024, sums);
+      multiply<1, false, 0>(words, 0, x_at[1] + kChunk * kOctets * 1024, sums);
+      apply_scales<kChunk>(panel, sums, total);
+    } else {
+      constexpr int kFirst = 2 * kChunk % 4;
+      multiply<0, true, kFirst>(words, history[kChunk / 2], x_at[0] + kChunk * kOctets * 1024, sums);
+      apply_scales<2 * kChunk>(panel, sums, total);
+      multiply<1, true, kFirst + 1>(words, history[kChunk / 2], x_at[1] + kChunk * kOctets * 1024, sums);
+      apply_scales<2 * kChunk + 1>(panel, sums, total);
+    }
+  }
+
+  // Panel `at` of the slice; then its codes and scales are replaced by those of panel at + 2, at `next` and `scales`.
+  template <bool kHalfScale>
+  __device__ __forceinline__ void run_panel(int at, const uint4* next, const uint8_t* scales,
+                                            const uint8_t* const (&x_at)[2], uint32_t* before, Panel<kHalfScale>* panel,
+                                            Sums& sums, Sums& total) const {
+    uint32_t history[kQuads];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t e = (entry >> (16 * half)) & 0xFFFFu;
-      const int k = block.begin + int(e & 0xFFu);
-      if (e >> 8 == 0 || k >= block.end || k < panel_begin || k >= panel_begin + 256) continue;
-      const float value = format::kOutlierUnit * small_e4m3(e >> 8);
+    for (int q = 0; q < kQuads; ++q) {
+      const uint32_t mine = last_low_bits<kBits, kRun>(panel->codes, q);
+      history[q] = history_of(mine, *before) & begins[(at * 4 + l.t) * kQuads + q];
+      *before = mine;
+    }
+    const bool more = at + 2 < num_panels;
+    run_chunk<0>(*panel, history, x_at, sums, total);
+    if (kBits == 4 && more) panel->codes[0] = ptx::load_once(next);
+    run_chunk<1>(*panel, history, x_at, sums, total);
+    if (more) panel->codes[kBits - 3] = ptx::load_once(next + (kBits - 3) * 32);
+    run_chunk<2>(*panel, history, x_at, sums, total);
+    if (more) panel->codes[kBits - 2] = ptx::load_once(next + (kBits - 2) * 32);
+    run_chunk<3>(*panel, history, x_at, sums, total);
+    if (!more) return;
+    panel->codes[kBits - 1] = ptx::load_once(next + (kBits - 1) * 32);
+    load_scales(scales, panel);
+  }
+
+  template <bool kHalfScale>
+  __device__ __forceinline__ void load_panel(const uint4* codes, const uint8_t* scales,
+                                             Panel<kHalfScale>* panel) const {
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) panel->codes[i] = ptx::load_once(codes + i * 32);
+    load_scales(scales, panel);
+  }
+
+  // Two panels in turn, each loaded while the other is multiplied, without a move of registers.
+  template <bool kHalfScale>
+  __device__ __forceinline__ void multiply_panels(int64_t tile, Sums& total) const {
+    Sums sums = {};
+    uint32_t before = 0;  // codes before the slice, whose low bits its first columns need
+    if (first_panel > 0) {
+      uint4 codes[kBits];
+      const uint4* last = reinterpret_cast<const uint4*>(panel_codes(tile, first_panel - 1)) + l.lane;
+#pragma unroll
+      for (int i = 0; i < kBits; ++i) codes[i] = last[i * 32];
+      before = last_low_bits<kBits, kRun>(codes, kQuads - 1);
+    }
+    constexpr int kPieces = kBits * 32;
+    const uint4* codes = reinterpret_cast<const uint4*>(panel_codes(tile, first_panel)) + l.lane;
+    constexpr int kScaleBytes = kHalfScale ? 2 : 1;
+    const int scales_of_panel = (16 * kScaleBytes) << scale_shift(a.layout);  // bytes
+    const uint8_t* scales =
+        a.prepacked + a.layout.scale + scale_at(a.layout, tile, l.g, first_panel * 256) * kScaleBytes;
+    const uint8_t* x_at[2] = {x + x_byte(kRun * l.t, 0, token_bytes(l.g), swizzle(l.g)),
+                              x + x_byte(kRun == 16 ? 16 * l.t + 8 : 8 * l.t + 32, 0, token_bytes(l.g), swizzle(l.g))};
+    Panel<kHalfScale> even = {}, odd = {};
+    load_panel(codes, scales, &even);
+    if (num_panels > 1) load_panel(codes + kPieces, scales + scales_of_panel, &odd);
+    for (int at = 0; at < num_panels; at += 2) {
+      codes += 2 * kPieces;
+      scales += 2 * scales_of_panel;
+      run_panel(at, codes, scales, x_at, &before, &even, sums, total);
+      x_at[0] += kOctets * 4096;
+      x_at[1] += kOctets * 4096;
+      if (at + 1 == num_panels) break;
+      run_panel(at + 1, codes + kPieces, scales + scales_of_panel, x_at, &before, &odd, sums, total);
+      x_at[0] += kOctets * 4096;
+      x_at[1] += kOctets * 4096;
+    }
+  }
+
+  // ---- outliers ----------------------------------------------------------------------------------------------------
+  // One entry of every row as one mma: slot n of it is row n, whose value stands on the diagonal of the one factor, and
+  // whose column of x in the other. A token with an infinity gets NaN where that meets a zero. Entries count from
+  // position `low` of their block on, `count` of them; `offset` is where the block begins in the slice.
+  struct Diagonal {
+    uint32_t upper, lower;  // of __byte_perm: the float16 of row g, of row g + 8, to the half of their slot, or zero
+  };
+
+  __device__ __forceinline__ void add_entry(const uint2& rows, const Diagonal& diagonal, uint32_t low, uint32_t count,
+                                            int offset, const uint8_t* x_of_token, const uint8_t* zero,
+                                            Sums& total) const {
+    uint32_t columns[kOctets][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // rows 2 t, 2 t + 8, 2 t + 1, 2 t + 9
+      const uint32_t index = __byte_perm(i < 2 ? rows.x : rows.y, 0, i % 2 == 0 ? 0x4440 : 0x4442);
+      const uint32_t k = index + uint32_t(offset);
+      const uint32_t byte = (k * (16 * kOctets) - (k & 63u) * (16 * kOctets - 2)) ^ uint32_t(swizzle(l.g));
+      const bool counts = index - low < count;
 #pragma unroll
       for (int o = 0; o < kOctets; ++o) {
+        columns[o][i] = *reinterpret_cast<const uint16_t*>(counts ? x_of_token + byte + o * 1024 : zero);
+      }
+    }
+    const uint32_t mine = l.g % 2 == 0 ? rows.x : rows.y;  // rows g and g + 8, where this lane has their slots
+    const uint32_t values = ptx::unpack_e4m3x2(uint16_t(__byte_perm(mine, 0, 0x0031)));
+    const float upper = ptx::unpack_f16(uint16_t(values)) * format::kOutlierUnit;
+    const float lower = ptx::unpack_f16(uint16_t(values >> 16)) * format::kOutlierUnit;
+    const uint32_t both = kHalf ? ptx::pack_f16(upper, lower) : ptx::pack_bf16(upper, lower);
+    const uint32_t factor[4] = {__byte_perm(both, 0, diagonal.upper), 0u, 0u, __byte_perm(both, 0, diagonal.lower)};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& sum = half == 0 ? total[o][i] : total[o][2 + i];
-          sum = fmaf(value, staged_x(o * 8 + 2 * l.t + i, k - first_panel * 256), sum);
-        }
+    for (int o = 0; o < kOctets; ++o) {
+      const uint32_t pairs[2] = {__byte_perm(columns[o][0], columns[o][2], 0x5410),
+                                 __byte_perm(columns[o][1], columns[o][3], 0x5410)};
+      if (kHalf) {
+        ptx::mma_f16(total[o], factor, pairs);
+      } else {
+        ptx::mma_bf16(total[o], factor, pairs);
       }
     }
   }
 
-  // Of all blocks that have columns in the panel; mostly one.
-  __device__ __forceinline__ void add_outliers(int64_t tile, int panel_begin, uint32_t first, Cursor* here,
-                                               float (&total)[kOctets][4]) const {
-    add_outlier(first, *here, panel_begin, total);
-    for (int i = 1; i < f.c; ++i) add_outlier(load_outlier(tile, here->block, i), *here, panel_begin, total);
-    while (here->end < panel_begin + 256 && here->end < f.K) {
-      here->next_block(int(p.blocks.segment));
-      for (int i = 0; i < f.c; ++i) add_outlier(load_outlier(tile, here->block, i), *here, panel_begin, total);
-    }
-    here->go_to(panel_begin + 256, int(p.blocks.segment), int(f.K));
-  }
-
-  template <int kChunk>
-  __device__ __forceinline__ void run_chunk(const Panel<kBits>& panel, int at, uint32_t* before,
-                                            float (&sums)[kOctets][4], float (&total)[kOctets][4]) const {
-    uint32_t words[kBits];
+  __device__ __forceinline__ void add_outliers(int64_t tile, Sums& total) const {
+    const int first_column = first_panel * 256, end = first_column + num_panels * 256, K = int(f.K);
+    const bool mine = l.g / 2 == l.t, even = l.g % 2 == 0;
+    const Diagonal diagonal{!mine ? 0x4444u : even ? 0x4410u : 0x1044u, !mine ? 0x4444u : even ? 0x4432u : 0x3244u};
+    const uint8_t* x_of_token = x + token_bytes(l.g);
+    const uint8_t* zero = reinterpret_cast<const uint8_t*>(begins + p.config.panels * 4 * kQuads);
+    Cursor at;
+    at.place(p.blocks, first_column);
+    const int first = at.block, last = int(format::block_at(p.blocks, (end < K ? end : K) - 1));
+    const int all = (last - first + 1) * f.c;
+    const uint2* entries = reinterpret_cast<const uint2*>(a.prepacked + a.layout.outliers) +
+                           ((tile * p.blocks.num_blocks + first) * f.c) * 4 + l.t;
+    for (int i = 0, of_block = 0; i < all; i += kAhead, entries += kAhead * 4) {
+      uint2 rows[kAhead];
 #pragma unroll
-    for (int w = 0; w < kBits; ++w) {
-      const uint4& piece = panel.codes[(kChunk * kBits + w) / 4];
-      const int part = (kChunk * kBits + w) % 4;
-      words[w] = part == 0 ? piece.x : part == 1 ? piece.y : part == 2 ? piece.z : piece.w;
-    }
-    const uint4* fragments = x + (at * 4 + kChunk) * 2 * kOctets * 32;
-    const uint32_t restart = restarts[at * 4 + kChunk], end = last_low_bits<8>(words);
-    if constexpr (kRun == 16) {
-      const bool begins = (l.t == 0 && (restart & 1u)) || (l.t == 2 && (restart & 2u));
-      const uint32_t history = history_of_run(end, *before, begins);
-      multiply<0>(words, history, fragments, sums);
-      multiply<1>(words, 0, fragments + kOctets * 32, sums);
-      apply_scales(panel.scales[2 * kChunk], sums, total);
-    } else {
-      const uint32_t middle = last_low_bits<4>(words);
-      multiply<0>(words, history_of_run(middle, *before, l.t == 0 && (restart & 1u)), fragments, sums);
-      apply_scales(panel.scales[2 * kChunk], sums, total);
-      multiply<1>(words, history_of_run(end, middle, l.t == 0 && (restart & 2u)), fragments + kOctets * 32, sums);
-      apply_scales(panel.scales[2 * kChunk + 1], sums, total);
-    }
-    *before = end;
-  }
-
-  // Codes before the slice, whose low bits its first columns need.
-  __device__ __forceinline__ uint32_t bits_before(int64_t tile) const {
-    if (first_panel == 0) return 0;
-    const uint32_t* panel = panel_codes(tile, first_panel - 1);
-    uint32_t words[kBits];
+      for (int j = 0; j < kAhead; ++j) rows[j] = i + j < all ? entries[j * 4] : uint2{0, 0};
 #pragma unroll
-    for (int w = 0; w < kBits; ++w) words[w] = panel[format::panel_word(kBits, 3, l.lane, w)];
-    return last_low_bits<8>(words);
+      for (int j = 0; j < kAhead; ++j) {
+        if (i + j >= all) break;
+        const int offset = at.begin - first_column, low = offset < 0 ? -offset : 0;
+        const int high = (at.end < end ? at.end : end) - at.begin;
+        add_entry(rows[j], diagonal, uint32_t(low), uint32_t(high - low), offset, x_of_token, zero, total);
+        if (++of_block < f.c) continue;
+        of_block = 0;
+        at.next_block(int(p.blocks.segment));
+      }
+    }
   }
 
-  __device__ __forceinline__ void multiply_tile(int64_t tile, float (&total)[kOctets][4]) const {
-    float sums[kOctets][4];
+  __device__ __forceinline__ void multiply_tile(int64_t tile, Sums& total) const {
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) total[o][i] = sums[o][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) total[o][i] = 0.0f;
     }
     if (num_panels == 0) return;
     __syncwarp();
-    uint32_t before = bits_before(tile);
-    const uint4* codes = reinterpret_cast<const uint4*>(panel_codes(tile, first_panel)) + l.lane;
-    Cursor here = start, ahead = start;
-    Panel<kBits> next;
-    int column = first_panel * 256;
-    load_panel(tile, column + 256, &codes, &ahead, &next);
-    for (int at = 0; at < num_panels; ++at, column += 256) {
-      const Panel<kBits> panel = next;
-      if (at + 1 < num_panels) load_panel(tile, column + 512, &codes, &ahead, &next);
-      run_chunk<0>(panel, at, &before, sums, total);
-      run_chunk<1>(panel, at, &before, sums, total);
-      run_chunk<2>(panel, at, &before, sums, total);
-      run_chunk<3>(panel, at, &before, sums, total);
-      if (f.c > 0) add_outliers(tile, column, panel.outlier, &here, total);
+    if (f.scale_type == format::ScaleType::kE4m3) {
+      multiply_panels<false>(tile, total);
+    } else {
+      multiply_panels<true>(tile, total);
     }
+    if (f.c > 0) add_outliers(tile, total);
   }
 
   // ---- y -----------------------------------------------------------------------------------------------------------
   __device__ __forceinline__ void store_y(int64_t m, int64_t n, float sum) const {
     const uint16_t* row_scale = reinterpret_cast<const uint16_t*>(a.prepacked + a.layout.row_scale);
-    float y = bf16_to_float(row_scale[n]) * (kScaleUnit * sum);
+    float y = bf16_to_float(row_scale[n]) * sum;
     if (a.bias != nullptr) y = y + load_element(a.bias, a.bias_dtype, n);
     store_element(a.y, a.x_dtype, m * f.N + n, y);
   }
 
-  __device__ __forceinline__ void finish_tile(int64_t tile, const float (&total)[kOctets][4]) const {
+  __device__ __forceinline__ void finish_tile(int64_t tile, const Sums& total) const {
     const int64_t columns = a.M * p.config.planes, rows = a.layout.row_tiles * format::kRowTile;
     const bool alone = p.config.slices == 1 && p.config.planes == 1;
     float* sums =
@@ -354,7 +438,7 @@ template <int kBits, bool kHalf, int kOctets, int kRun>
 __global__ void __launch_bounds__(Small<kBits, kHalf, kOctets, kRun>::kThreads, 1) linear_small_kernel(SmallParams p) {
   using Kernel = Small<kBits, kHalf, kOctets, kRun>;
   const Kernel s(p, dynamic_shared<uint8_t>());
-  build_table<kBits, kHalf, kTableCopies>(s.table, p.linear.prepacked, p.linear.format.grid_size, Kernel::kThreads);
+  build_table<kBits, kHalf, kTableCopies>(s.table, p.linear.prepacked, p.linear.format.grid_size, Kernel::kWarps);
   s.stage_x();
   __syncthreads();
   const int64_t warps = int64_t(gridDim.x) * Kernel::kWarps;

@@ -28,12 +28,19 @@ __device__ __forceinline__ uint32_t pair_of_window(uint32_t window, const int8_t
   return kHalf ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
 }
 
-// table[window][kCopies], by the whole block.
+// table[window][kCopies], by the whole block of `warps` warps: a lane computes a window, all store its copies.
 template <int kBits, bool kHalf, int kCopies>
-__device__ __forceinline__ void build_table(uint32_t* table, const uint8_t* prepacked, int grid_size, int threads) {
+__device__ __forceinline__ void build_table(uint32_t* table, const uint8_t* prepacked, int grid_size, int warps) {
+  constexpr int kWindows = 4 << (2 * kBits), kAtOnce = 32 / kCopies;
+  static_assert(kWindows % 32 == 0, "every lane has a window");
   const int8_t* grid = reinterpret_cast<const int8_t*>(prepacked + format::kCudaGridOffset);
-  for (int i = int(threadIdx.x); i < (4 << (2 * kBits)) * kCopies; i += threads) {
-    table[i] = pair_of_window<kBits, kHalf>(uint32_t(i / kCopies), grid, grid_size);
+  const int lane = int(threadIdx.x) % 32;
+  for (int first = int(threadIdx.x) / 32 * 32; first < kWindows; first += warps * 32) {
+    const uint32_t pair = pair_of_window<kBits, kHalf>(uint32_t(first + lane), grid, grid_size);
+#pragma unroll 8
+    for (int i = 0; i < kCopies; ++i) {
+      table[first * kCopies + i * 32 + lane] = __shfl_sync(0xFFFFFFFFu, pair, i * kAtOnce + lane / kCopies);
+    }
   }
 }
 
@@ -53,20 +60,93 @@ __device__ __forceinline__ uint32_t bits_of(const uint32_t (&words)[kBits]) {
   }
 }
 
-// The low bits of the last two codes of the first kPairs pairs: of row g in bits 0-1, of row g + 8 in bits 2-3.
-template <int kPairs, int kBits>
-__device__ __forceinline__ uint32_t last_low_bits(const uint32_t (&words)[kBits]) {
-  constexpr int kEnd = kPairs * 2 * kBits - 2;
-  return bits_of<kEnd, 2, 0>(words) | bits_of<16 * kBits + kEnd, 2, 2>(words);
+// A lane's words of a chunk, of the pieces of its panel.
+template <int kBits, int kChunk>
+__device__ __forceinline__ void chunk_words(const uint4 (&codes)[kBits], uint32_t (&words)[kBits]) {
+#pragma unroll
+  for (int w = 0; w < kBits; ++w) {
+    const uint4& piece = codes[(kChunk * kBits + w) / 4];
+    const int part = (kChunk * kBits + w) % 4;
+    words[w] = part == 0 ? piece.x : part == 1 ? piece.y : part == 2 ? piece.z : piece.w;
+  }
+}
+
+// History: a code needs the low bits of the two before it, which at the beginning of a run are in another lane: lane
+// t - 1, or for t = 0 lane 3's run before, of the unit before. Units are what has four runs: 64 columns, or 32. Four
+// units are a quad, whose history is one word, two bits a run, in the upper half of each byte:
+//
+//   byte      3             2             1             0
+//   row     g + 8           g           g + 8           g
+//         | u2 | u3 |     | u2 | u3 |     | u0 | u1 |     | u0 | u1 |      bits 7-6 and 5-4 of the byte
+constexpr uint32_t kEvenUnits = 0xC0C0C0C0u, kOddUnits = 0x30303030u;
+PRECAL_INLINE constexpr int history_bit(int unit, int row) { return unit / 2 * 16 + row * 8 + (unit % 2 == 0 ? 6 : 4); }
+
+// The byte of a lane's 16 codes of a row whose upper two bits are the low bits of codes last - 1 and last.
+template <int kBits, int kRow, int kLast>
+__device__ __forceinline__ uint32_t word_of_end(const uint4 (&codes)[kBits], int chunk, int* byte) {
+  constexpr int kBit = kRow * 16 * kBits + (kLast + 1) * kBits - 8;
+  static_assert(kBit % 8 == 0, "low bits end a byte");
+  const int at = chunk * kBits + kBit / 32;
+  const uint4& piece = codes[at / 4];
+  *byte = kBit % 32 / 8;
+  return at % 4 == 0 ? piece.x : at % 4 == 1 ? piece.y : at % 4 == 2 ? piece.z : piece.w;
+}
+
+// Of both rows, in the lower half: the byte at the end of unit `unit` of a panel.
+template <int kBits, int kRun>
+__device__ __forceinline__ uint32_t ends_of_unit(const uint4 (&codes)[kBits], int unit) {
+  int byte[2];
+  uint32_t word[2];
+  if (kRun == 16 || unit % 2 == 1) {
+    const int chunk = kRun == 16 ? unit : unit / 2;
+    word[0] = word_of_end<kBits, 0, 15>(codes, chunk, &byte[0]);
+    word[1] = word_of_end<kBits, 1, 15>(codes, chunk, &byte[1]);
+  } else {
+    word[0] = word_of_end<kBits, 0, 7>(codes, unit / 2, &byte[0]);
+    word[1] = word_of_end<kBits, 1, 7>(codes, unit / 2, &byte[1]);
+  }
+  return __byte_perm(word[0], word[1], uint32_t(byte[0] | (4 + byte[1]) << 4));
+}
+
+// What this lane's runs of a quad of a panel leave to the runs after them.
+template <int kBits, int kRun>
+__device__ __forceinline__ uint32_t last_low_bits(const uint4 (&codes)[kBits], int quad) {
+  uint32_t ends[4];
+#pragma unroll
+  for (int u = 0; u < 4; ++u) ends[u] = ends_of_unit<kBits, kRun>(codes, 4 * quad + u);
+  const uint32_t even = __byte_perm(ends[0], ends[2], 0x5410), odd = __byte_perm(ends[1], ends[3], 0x5410);
+  return (even & kEvenUnits) | ((odd >> 2) & kOddUnits);
+}
+
+// The same of the lane that owns the columns before each run. `mine`: of this quad, `before`: of the quad before it.
+__device__ __forceinline__ uint32_t history_of(uint32_t mine, uint32_t before) {
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t later = ((mine >> 2) & kOddUnits) | (__funnelshift_l(before, mine, 18) & kEvenUnits);  // by a unit
+  return __shfl_sync(0xFFFFFFFFu, lane % 4 == 3 ? later : mine, (lane & ~3) | ((lane + 3) & 3));
+}
+
+// Zero where a block of the trellis begins with a run of lane t, in the quad of units at `column`.
+template <int kRun>
+__device__ __forceinline__ uint32_t history_that_counts(const format::OutlierBlocks& blocks, int64_t column, int t,
+                                                        int64_t K) {
+  uint32_t mask = 0;
+  for (int u = 0; u < 4; ++u) {
+    const int64_t k = column + (4 * u + t) * kRun;
+    const bool begins = k < K && format::block_begin_at(blocks, k) == k;
+    if (!begins) mask |= (3u << history_bit(u, 0)) | (3u << history_bit(u, 1));
+  }
+  return mask;
 }
 
 // The window of pair kPair of row g + 8 * kRow at bit kAt, so that it is the offset of its entry. Where a run begins,
-// `history` has the two bits before it of both rows; else they are in the words.
-template <int kPair, int kRow, int kAt, bool kRunBegins, int kBits>
+// bits kField and kField + 1 of `history` are what came before; elsewhere (kInWords) that is in the words.
+constexpr int kInWords = -1;
+template <int kPair, int kRow, int kAt, int kField, int kBits>
 __device__ __forceinline__ uint32_t window_of(const uint32_t (&words)[kBits], uint32_t history) {
   constexpr int kFirst = kRow * 16 * kBits + kPair * 2 * kBits;
-  if constexpr (kRunBegins) {
-    return bits_of<kFirst, 2 * kBits, kAt + 2>(words) | ((history >> (2 * kRow)) & 3u) << kAt;
+  if constexpr (kField != kInWords) {
+    const uint32_t placed = kField >= kAt ? history >> ((kField - kAt) & 31) : history << ((kAt - kField) & 31);
+    return bits_of<kFirst, 2 * kBits, kAt + 2>(words) | (placed & (3u << kAt));
   } else {
     return bits_of<kFirst - 2, 2 * kBits + 2, kAt>(words);
   }
@@ -77,44 +157,26 @@ __device__ __forceinline__ uint32_t look_up(const uint32_t* copy_of_table, uint3
   return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(copy_of_table) + window);
 }
 
-// History of a lane's run: the last low bits of the lane that owns the columns before. `mine`: what this lane has for
-// its right neighbour, `wrap`: what lane t = 3 has for t = 0, whose run comes after it.
-__device__ __forceinline__ uint32_t history_of_run(uint32_t mine, uint32_t wrap, bool restarts) {
-  const int lane = int(threadIdx.x) % 32;
-  const uint32_t offered = lane % 4 == 3 ? wrap : mine;
-  const uint32_t got = __shfl_sync(0xFFFFFFFFu, offered, (lane & ~3) | ((lane + 3) & 3));
-  return restarts ? 0u : got;
+// Where the scale of row g and column k of a row tile is, as format::scale_slot() has it; that of row g + 8 follows.
+__device__ __forceinline__ int scale_shift(const format::CudaLayout& t) {
+  return t.run == 8 ? 3 : t.scale_columns == 128 ? 1 : 2;
+}
+__device__ __forceinline__ int64_t scale_at(const format::CudaLayout& t, int64_t tile, int g, int k) {
+  const int shift = scale_shift(t);
+  const int64_t run = (tile * t.panels + (k >> 8)) * 8 + g;
+  return ((run << shift) + ((k & 255) >> (8 - shift))) * 2;
 }
 
-// Whether a block of the trellis begins at columns 0 (bit 0) and 32 (bit 1) of the chunk at `column`.
-__device__ __forceinline__ uint32_t chunk_restarts(const format::OutlierBlocks& blocks, int64_t column, int64_t K) {
-  uint32_t restarts = 0;
-  if (column < K && format::block_begin_at(blocks, column) == column) restarts |= 1u;
-  if (column + 32 < K && format::block_begin_at(blocks, column + 32) == column + 32) restarts |= 2u;
-  return restarts;
-}
-
-// Group and block of a column, carried along: a division by a run-time number costs as much as a dozen weights.
+// Block of a column, carried along: a division by a run-time number costs as much as a dozen weights.
 struct Cursor {
-  int group, left;                     // columns of the group from here on
   int block, begin, end, segment_end;  // of outliers and of the trellis
 
-  __device__ __forceinline__ void place(const format::WeightFormat& f, const format::OutlierBlocks& blocks, int k) {
-    const int size = int(f.group_size), segment = int(blocks.segment), in_segment = k / segment;
-    group = k / size;
-    left = size - k % size;
+  __device__ __forceinline__ void place(const format::OutlierBlocks& blocks, int k) {
+    const int segment = int(blocks.segment), in_segment = k / segment;
     segment_end = (in_segment + 1) * segment;
     block = in_segment * int(blocks.blocks_per_segment) + (k - in_segment * segment) / int(format::kBlock);
     begin = in_segment * segment + (k - in_segment * segment) / int(format::kBlock) * int(format::kBlock);
     end = begin + int(format::kBlock) < segment_end ? begin + int(format::kBlock) : segment_end;
-  }
-
-  // By `columns` that a group is a multiple of.
-  __device__ __forceinline__ void next_columns(int columns, int group_size) {
-    left -= columns;
-    if (left > 0) return;
-    ++group;
-    left = group_size;
   }
 
   __device__ __forceinline__ void next_block(int segment) {
@@ -129,16 +191,10 @@ struct Cursor {
     while (end <= k && end < K) next_block(segment);
   }
 
-  // As chunk_restarts, of the chunk at `column`, which lies in this block.
+  // Whether a block begins at columns 0 (bit 0) and 32 (bit 1) of the chunk at `column`, which lies in this block.
   __device__ __forceinline__ uint32_t restarts(int column, int K) const {
     return (begin == column ? 1u : 0u) | (end == column + 32 && end < K ? 2u : 0u);
   }
 };
-
-// e4m3 as a 256th of its value, exactly: the same bits, two places further left, are a float16 of that size.
-constexpr float kScaleUnit = 256.0f;
-__device__ __forceinline__ float small_e4m3(uint32_t code) {
-  return ptx::unpack_f16(uint16_t((code & 0x80u) << 8 | (code & 0x7Fu) << 7));
-}
 
 }  // namespace precal::cuda

@@ -90,7 +90,34 @@ __global__ void __launch_bounds__(kThreads) untile_codes_kernel(PrepackParams p)
   }
 }
 
-// ---- everything with `count` elements a row ------------------------------------------------------------------------
+// ---- scales of a tiled weight: groups <-> units --------------------------------------------------------------------
+template <typename T>
+__device__ __forceinline__ void copy_scales(const PrepackParams& p, bool back) {
+  const format::WeightFormat& f = p.format;
+  const int64_t columns = p.layout.scale_columns, groups = format::num_groups(f);
+  const int64_t count = back ? groups : ceil_div(f.K, columns), all = f.N * count;
+  T *scale = static_cast<T*>(p.weight.scale), *tiled = reinterpret_cast<T*>(p.prepacked + p.layout.scale);
+  for (int64_t i = first_item(); i < all; i += item_stride()) {
+    const int64_t n = i / count, k = i % count * (back ? f.group_size : columns);
+    T& slot = tiled[format::scale_slot(p.layout, n, k / columns)];
+    T& canonical = scale[n * groups + k / f.group_size];
+    if (back) {
+      canonical = slot;
+    } else {
+      slot = canonical;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) tile_scales_kernel(PrepackParams p) {
+  p.format.scale_type == format::ScaleType::kE4m3 ? copy_scales<uint8_t>(p, false) : copy_scales<uint16_t>(p, false);
+}
+__global__ void __launch_bounds__(kThreads) untile_scales_kernel(PrepackParams p) {
+  p.format.scale_type == format::ScaleType::kE4m3 ? copy_scales<uint8_t>(p, true) : copy_scales<uint16_t>(p, true);
+}
+
+// ---- everything else with `count` elements a row
+// ------------------------------------------------------------------------
 struct SectionParams {
   void* rows;    // [N][count] elements of `bytes`
   void* tiled;   // tiled: [row tiles][count][8][2], else [N][count]
@@ -150,9 +177,15 @@ Status copy_sections(const char* op, const PrepackParams& p, bool back, cudaStre
     const SectionParams s{rows, p.prepacked + offset, values, f.N, t.row_tiles, count, bytes, t.tiled, back};
     return launch(op, &section_kernel, blocks_for(t.row_tiles * 16 * count, kThreads), kThreads, 0, stream, s);
   };
-  PRECAL_RETURN_IF_ERROR(copy(p.weight.scale, t.scale, groups, scale_bytes));
-  if (t.tiled)
+  if (t.tiled) {
+    if (f.N * groups > 0) {
+      const int64_t work = f.N * (back ? groups : ceil_div(f.K, t.scale_columns));
+      PRECAL_RETURN_IF_ERROR(launch(op, back ? &untile_scales_kernel : &tile_scales_kernel, blocks_for(work, kThreads),
+                                    kThreads, 0, stream, p));
+    }
     return f.c == 0 ? Status() : copy(p.weight.outlier_index, t.outliers, entries, 2, p.weight.outlier_value);
+  }
+  PRECAL_RETURN_IF_ERROR(copy(p.weight.scale, t.scale, groups, scale_bytes));
   PRECAL_RETURN_IF_ERROR(copy(p.weight.packed, t.codes, format::num_words(f), 4));
   if (f.c > 0) {
     PRECAL_RETURN_IF_ERROR(copy(p.weight.outlier_index, t.outliers, entries, 1));

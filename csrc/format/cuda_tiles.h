@@ -25,7 +25,9 @@
 // is 4 * bits words a lane, stored as `bits` pieces of 16 bytes:
 //
 //     codes          [row tiles][panels][bits][32 lanes][16 bytes]      columns past K have code 0
-//     scale          [row tiles][groups][8][2]     element (g, h) is row g + 8 h, here and below
+//     scale          [row tiles][panels][8][S][2]  element (g, ., h) is row g + 8 h, here and below; S units make a
+//                    panel: of 128 columns if that is the group, of 64, or of 32 where runs are 8; all of a unit's
+//                    columns have its scale, so longer groups repeat theirs
 //     outliers       [row tiles][blocks][c][8][2]  uint16: value << 8 | index
 //     row_scale      [row tiles * 16]              rows past N are zero everywhere
 #pragma once
@@ -34,13 +36,14 @@
 
 namespace precal::format {
 
-constexpr uint32_t kCudaMagic = 0x30474350u;  // "PCG0"
+constexpr uint32_t kCudaMagic = 0x31474350u;  // "PCG1"
 constexpr int64_t kRowTile = 16, kChunkColumns = 64, kPanelColumns = 256;
 constexpr int64_t kCudaAlign = 256;
 
 struct CudaLayout {
   bool tiled;
-  int run;  // neighbouring columns of a lane: 16 or 8
+  int run;                // neighbouring columns of a lane: 16 or 8
+  int64_t scale_columns;  // of a unit
   int64_t row_tiles, panels;
   int64_t row_scale, codes, scale, outliers, outlier_value, outlier_scale, mask;  // byte offsets
   int64_t total_bytes;
@@ -58,8 +61,10 @@ PRECAL_INLINE CudaLayout cuda_layout(const WeightFormat& f) {
   t.run = f.group_size % 64 == 0 ? 16 : 8;
   t.row_tiles = ceil_div(f.N, kRowTile);
   t.panels = ceil_div(f.K, kPanelColumns);
+  t.scale_columns = t.run == 8 ? 32 : f.group_size == 128 ? 128 : 64;
   const int64_t rows = t.tiled ? t.row_tiles * kRowTile : f.N;
-  const int64_t scales = rows * num_groups(f) * scale_bytes(f.scale_type);
+  const int64_t units = t.tiled ? t.panels * (kPanelColumns / t.scale_columns) : num_groups(f);
+  const int64_t scales = rows * units * scale_bytes(f.scale_type);
   const int64_t entries = rows * num_blocks(f) * f.c;
   int64_t at = kCudaAlign + kCudaAlign;  // header and grid
   t.row_scale = at;
@@ -107,6 +112,13 @@ PRECAL_INLINE int code_low_bit(int bits, int i) { return i / 2 * 2 * bits + 2 * 
 
 // Position of row n within anything stored [8][2].
 PRECAL_INLINE int row_slot(int64_t n) { return int(n % 8 * 2 + n / 8 % 2); }
+
+// Position of the scale of row n and unit `unit` of a tiled weight; column k is in unit k / scale_columns.
+PRECAL_INLINE int64_t scale_slot(const CudaLayout& t, int64_t n, int64_t unit) {
+  const int64_t of_panel = kPanelColumns / t.scale_columns;
+  const int64_t panel = n / kRowTile * t.panels + unit / of_panel;
+  return ((panel * 8 + n % 8) * of_panel + unit % of_panel) * 2 + n / 8 % 2;
+}
 
 // The word w (0 to bits - 1) of chunk j (0 to 3) of a lane: piece and word of the piece.
 PRECAL_INLINE int64_t panel_word(int bits, int chunk, int lane, int w) {

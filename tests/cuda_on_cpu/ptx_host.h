@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/numeric.h"
+#include "format/e4m3.h"
 #include "shim.h"
 
 namespace precal::cuda::ptx {
@@ -46,6 +47,9 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 inline uint32_t pack_f16(float low, float high) {
   return uint32_t(float_to_half(low)) | uint32_t(float_to_half(high)) << 16;
+}
+inline uint32_t unpack_e4m3x2(uint16_t codes) {
+  return pack_f16(format::e4m3_to_float(uint8_t(codes)), format::e4m3_to_float(uint8_t(codes >> 8)));
 }
 inline float unpack_f16(uint16_t h) { return half_to_float(h); }
 

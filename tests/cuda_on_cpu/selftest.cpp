@@ -11,6 +11,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/ptx.cuh"
+#include "format/e4m3.h"
 
 namespace precal::cuda {
 
@@ -260,6 +261,34 @@ void matrix_case() {
   }
 }
 
+// ---- conversions: every e4m3 but NaN, in both places, and floats to 16 bits ----------------------------------------
+__global__ void conversions(Params p) {
+  const uint32_t i = blockIdx.x * unsigned(kThreads) + threadIdx.x;
+  if (i >= 65536u) return;
+  p.out[i] = ptx::unpack_e4m3x2(uint16_t(i));
+  p.out[65536u + i] = ptx::pack_bf16(bits_float(p.in[2 * i]), bits_float(p.in[2 * i + 1]));
+  p.out[2 * 65536u + i] = ptx::pack_f16(float(i) * 0.37f, -float(i) * 1e-7f);
+  p.out[3 * 65536u + i] = float_bits(ptx::unpack_f16(uint16_t(i)));
+}
+
+void conversions_case() {
+  std::vector<uint32_t> in = numbers(2 * 65536);
+  for (uint32_t& v : in) v &= 0xBFFFFFFFu;  // finite
+  std::vector<uint32_t> out(4 * 65536, 0);
+  run_on(conversions, (65536 + kThreads - 1) / kThreads, kThreads, 0, &out, in);
+  const auto half = [](uint32_t code) { return uint32_t(float_to_half(format::e4m3_to_float(uint8_t(code)))); };
+  for (uint32_t i = 0; i < 65536; ++i) {
+    const bool number = !format::e4m3_is_nan(uint8_t(i)) && !format::e4m3_is_nan(uint8_t(i >> 8));
+    require(!number || out[i] == (half(i & 0xFFu) | half(i >> 8) << 16), "unpack_e4m3x2");
+    const uint32_t low = float_to_bf16(bits_float(in[2 * i])), high = float_to_bf16(bits_float(in[2 * i + 1]));
+    require(out[65536 + i] == (low | high << 16), "pack_bf16");
+    const uint32_t first = float_to_half(float(i) * 0.37f), second = float_to_half(-float(i) * 1e-7f);
+    require(out[2 * 65536 + i] == (first | second << 16), "pack_f16");
+    const bool finite = (i & 0x7C00u) != 0x7C00u;
+    require(!finite || out[3 * 65536 + i] == float_bits(half_to_float(uint16_t(i))), "unpack_f16");
+  }
+}
+
 // ---- threads that do not meet --------------------------------------------------------------------------------------
 __global__ void early_return(Params p) {
   if (threadIdx.x == 7) return;
@@ -305,6 +334,7 @@ const std::map<std::string, void (*)()> kCases = {
     {"copies", copies_case<1, true>},
     {"matrix_bf16", matrix_case<false>},
     {"matrix_f16", matrix_case<true>},
+    {"conversions", conversions_case},
 #if defined(PRECAL_CUDA_ON_CPU)
     {"no_first_barrier", sum_case<false, true>},
     {"no_second_barrier", sum_case<true, false>},

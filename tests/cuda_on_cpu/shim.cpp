@@ -66,6 +66,7 @@ struct State {
 
 State g;
 Device g_device;
+int g_waits = 0;  // of the host for the device
 
 std::string text(Index3 i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
@@ -165,6 +166,10 @@ void complete(Thread* t, size_t groups_left) {
 }  // namespace
 
 Device& device() { return g_device; }
+void synchronize() {
+  if (g_device.capturing) throw std::runtime_error("the host waits for the device while a graph is being captured");
+  ++g_waits;
+}
 
 void set_seed(uint64_t seed) {
   g.seed = seed;
@@ -350,7 +355,9 @@ std::string thread_name(int number) {
 
 // For Python, through ctypes.
 extern "C" __attribute__((visibility("default"))) void precal_shim_set(uint64_t seed, int multiprocessors,
-                                                                       int shared_bytes) {
+                                                                       int shared_bytes, int capturing) {
   cuda_on_cpu::set_seed(seed);
-  cuda_on_cpu::device() = {multiprocessors, shared_bytes};
+  cuda_on_cpu::device() = {multiprocessors, shared_bytes, capturing != 0};
 }
+
+extern "C" __attribute__((visibility("default"))) int precal_shim_waits() { return cuda_on_cpu::g_waits; }

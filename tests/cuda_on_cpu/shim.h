@@ -21,8 +21,11 @@ struct Index3 {
 struct Device {
   int multiprocessors = 3;
   int shared_bytes = 227 << 10;
+  bool capturing = false;  // a graph: whoever waits then has failed
 };
 Device& device();
+// The host waits for the device.
+void synchronize();
 
 // Order in which blocks and the threads of a block run: 0 ascending, 1 descending, else shuffled anew at every switch.
 void set_seed(uint64_t seed);
