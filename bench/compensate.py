@@ -15,8 +15,10 @@ import argparse
 import copy
 import multiprocessing
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from quality import Remembered
 from recipes import ROOT, SHARED, facts
 from rows import Results, Row, add_arguments
 
+from precal_ext.calibrate import Calibration, calibrate_checkpoint
 from precal_ext.compensate import CompensateConfig, compensate_model
 from precal_ext.config import QuantizeConfig
 from precal_ext.evaluate import Evaluation, evaluate, load, read_windows
@@ -46,6 +49,10 @@ def cases() -> Iterator[Row]:
         fields = {"bits": bits, "recipe": recipe, "space": space, "criterion": criterion, "samples": samples}
         return {"model": model, "format": name, "source": "precal", **fields}
 
+    def after_gptq(model: str, bits: int, space: str) -> Row:
+        plain = case(model, bits, "precal", space)
+        return {**plain, "format": f"{plain['format']}, after GPTQ", "gptq": True}
+
     small, large = "TinyStories-656K", "llama-6m"
     yield case(large, 3, "precal", "gradient")
     yield case(large, 3, "paper", "gradient")
@@ -57,6 +64,10 @@ def cases() -> Iterator[Row]:
         yield case(small, 3, "precal", space)
     for recipe in ("precal", "paper"):
         yield case(large, 4, recipe, "gradient")
+    for model in (small, large):
+        for bits in (3, 4):
+            yield after_gptq(model, bits, "gradient")
+    yield after_gptq(small, 3, "svd")
     yield case(large, 3, "precal", "svd")
     yield case(small, 3, "precal", "gradient", "perplexity")
     for samples in (4, 64):
@@ -81,8 +92,17 @@ def search(case: Row, limit: int) -> Row:
     start = _peak_mb()
     texts = [SHARED / "data" / name for name in TEXTS[case["model"]]]
     reference, tokenizer = load(SHARED / "models" / case["model"], torch.float32)
-    model = copy.deepcopy(reference)
-    report = quantize_model(model, QuantizeConfig(bits=case["bits"], recipe=case["recipe"]))
+    config = QuantizeConfig(bits=case["bits"], recipe=case["recipe"])
+    if case.get("gptq"):
+        with tempfile.TemporaryDirectory() as folder:
+            calibration = Calibration(texts[0], windows=64, length=256)
+            report = calibrate_checkpoint(
+                SHARED / "models" / case["model"], Path(folder) / "out", config, calibration=calibration
+            )
+            model = load(Path(folder) / "out", torch.float32)[0]
+    else:
+        model = copy.deepcopy(reference)
+        report = quantize_model(model, config)
     seen, *others = (read_windows(tokenizer, text, 256, None if i == 0 else limit) for i, text in enumerate(texts))
     row: Row = {"bits_per_weight": report.bits_per_weight, "texts": [text.name for text in texts]}
     remembered = Remembered(reference)
@@ -90,15 +110,15 @@ def search(case: Row, limit: int) -> Row:
         for kind, windows in zip(("same", "other"), others, strict=True):
             row.update(figures(f"{kind}_{when}", evaluate(model, windows, remembered)))
         if when == "before":
-            config = CompensateConfig(space=case["space"], criterion=case["criterion"], samples=case["samples"])
+            how = CompensateConfig(space=case["space"], criterion=case["criterion"], samples=case["samples"])
             cpu = time.thread_time()
-            result = compensate_model(model, reference, seen, config)
+            result = compensate_model(model, reference, seen, how)
             row["cpu_seconds"] = time.thread_time() - cpu
     row.update({key: value for key, value in result.to_dict().items() if key not in ("config", "blocks")})
     row["codes"] = sum(change.codes for change in result.changes)
     row["changes"] = [[c.block, c.round, c.k, c.gain] for c in result.changes]
     row["peak_mb"], row["start_mb"] = _peak_mb(), start
-    row["requantize_ns"] = _requantize_ns(QuantizeConfig(bits=case["bits"], recipe=case["recipe"]))
+    row["requantize_ns"] = _requantize_ns(config)
     return row
 
 

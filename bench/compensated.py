@@ -39,11 +39,13 @@ def _table(data: list[Row], first: str, label: str) -> list[str]:
 
 def compensation_tables(data: list[Row]) -> str:
     for row in data:
-        row["setting"] = f"{RECIPES[row['recipe']]}, {row['bits']} bits: {row['space']}"
+        after = " after GPTQ" if row.get("gptq") else ""
+        row["setting"] = f"{RECIPES[row['recipe']]}{after}, {row['bits']} bits: {row['space']}"
         row["trial"] = f"{row['space']}, {row['criterion']}"
     usual = [r for r in data if r["criterion"] == "kld" and r["samples"] == 16]
-    usual.sort(key=lambda r: (r["model"], -r["bits"], r["recipe"], -closed(r, "same")))
-    at_3 = {(r["model"], r["recipe"], r["space"]): r for r in usual if r["bits"] == 3}
+    usual.sort(key=lambda r: (r["model"], -r["bits"], r.get("gptq", False), r["recipe"], -closed(r, "same")))
+    names = {True: "precal after GPTQ"}
+    at_3 = {(r["model"], names.get(r.get("gptq", False), r["recipe"]), r["space"]): r for r in usual if r["bits"] == 3}
     best: dict[tuple[str, str], Row] = {}
     for (model, recipe, _), row in at_3.items():
         if closed(row, "same") > closed(best.get((model, recipe), row), "same") or (model, recipe) not in best:
@@ -68,6 +70,7 @@ def compensation_tables(data: list[Row]) -> str:
         f"Targets. At 3 bits, at least 20 % of the KLD gone on other text of the same domain: {won}. On the other "
         f"domain, KLD at most 1 % higher: {rise}.",
     ]
+    data = [r for r in data if not r.get("gptq")]
     more = [r for r in data if r["recipe"] == "precal" and r["bits"] == 3 and r["space"] == "gradient"]
     sizes = sorted((r for r in more if r["criterion"] == "kld"), key=lambda r: (r["model"], r["samples"]))
     if len(sizes) > 2:

@@ -14,10 +14,12 @@ from models import ARCHITECTURES, DEMO, Source, same_bytes, tiny_model
 from torch import Tensor, nn
 
 import precal_ext
-from precal_ext import CompensateConfig, QuantizeConfig, compensate_model, quantize_model
+from precal_ext import CompensateConfig, QuantizeConfig, compensate_model, ops, quantize_model
 from precal_ext.chain import Text, find_blocks
-from precal_ext.compensate import SPACES, Change, choose_windows
+from precal_ext.compensate import SPACES, STRIDE, Change, choose_windows, start
 from precal_ext.evaluate import evaluate, load, read_windows
+from precal_ext.quantize import fit_set_grid, quantize_weight
+from precal_ext.requantize import requantize
 from precal_ext.sites import precal_modules
 
 pytest_plugins = ["package_fixtures"]
@@ -133,6 +135,30 @@ def test_layers_that_tell_each_other_more_than_their_outputs_are_refused() -> No
         ValueError, match=r"layers must hand on all they do in their outputs; from layers.1 on the loss"
     ):
         compensate_model(model, reference, random_windows(5), CompensateConfig(samples=4))
+
+
+# ---- where steps begin -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_steps_begin_at_w_or_where_the_codes_are_those_that_are_there(bits: int) -> None:
+    w = torch.randn(48, 512, generator=torch.Generator().manual_seed(bits))
+    config = QuantizeConfig(bits=bits)
+    q = quantize_weight(w, config, fit_set_grid([w], config))
+    assert start(w, q, q.dequantize()) == (w, 1.0)
+    # Codes of another weight, about as far away as rounding is, as GPTQ's are.
+    error = (w - q.dequantize()).std()
+    moved = requantize(q, w + error * torch.randn(w.shape, generator=torch.Generator().manual_seed(9)))
+    target, stride = start(w, moved, moved.dequantize())
+    assert stride == STRIDE
+
+    def others(x: Tensor) -> float:
+        again = requantize(moved, x).tensors["weight_packed"]
+        codes = [ops.unpack(packed, bits, 512) for packed in (again, moved.tensors["weight_packed"])]
+        return float((codes[0] != codes[1]).float().mean())
+
+    assert others(w) > 0.2
+    assert others(target) < 0.05
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
