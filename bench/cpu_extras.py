@@ -4,9 +4,10 @@
     python bench/cpu_extras.py [--rounds 9] [--out bench/results/cpu_extras.jsonl]
 
 L3: one copy of a 4096x4096 weight, which a last level cache of 32 MB keeps and L2 does not; GB/s of packed weights.
+One thread: the same, and of 256 rows, which L2 keeps; with the share of reading a buffer that lies in the same cache.
 prepack: GB/s of the checkpoint's bytes, and its share of memcpy (`_C.measure_limit`, between buffers that are there;
-its own output is new memory), paired inside rounds. All threads of the machine; medians. `bench/report.py` puts the
-figures into docs/performance.md.
+its own output is new memory), paired inside rounds. Else all threads of the machine; medians. `bench/report.py` puts
+the figures into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -53,6 +54,18 @@ def from_l3(precal: Precal, settings: dict[str, Any], mode: str, rounds: int) ->
     return {"gbps": round(statistics.median(gbps), 1), "share": None}
 
 
+def in_cache(precal: Precal, cache: str, mode: str, rounds: int) -> Row:
+    """Of one thread; megabytes of the limit's buffer are those of the packed weight, rounded up."""
+    rows, megabytes = {"L2": (256, 1), "L3": (N, 9)}[cache]
+    ready = precal.ready(rows, K, 1, 0, {**SETTINGS[0], "mode": mode})
+    ready.run()
+    gbps, shares = [], []
+    for _ in range(rounds):
+        gbps.append(ready.packed_bytes / seconds_of(ready.run) * 1e-9)
+        shares.append(gbps[-1] / _C.measure_limit("dram_read", 0.05, megabytes)["value"])
+    return {"gbps": round(statistics.median(gbps), 1), "share": round(statistics.median(shares), 4)}
+
+
 def canonical(settings: dict[str, Any]) -> list[Array | None]:
     """The checkpoint's tensors in the order of `prepack`; the base of the weight has fewer rows, which repeat."""
     weights, config = Weights(N, K), QuantizeConfig(**settings)
@@ -81,10 +94,18 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cpu_extras.jsonl")
     args = p.parse_args()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    precal = Precal(threads)
     results = Results(
         argparse.Namespace(out=args.out, only="", missing=False), ("cpu", "isa", "threads", "what", "format")
     )
+    name = "4b g64 c1 trellis"
+    alone = Precal(1)
+    for cache, mode in itertools.product(("L2", "L3"), ("a8", "a16")):
+        found = in_cache(alone, cache, mode, args.rounds)
+        what = f"one thread, {cache}, {mode}"
+        base = {"what": what, "format": name, **found, "rounds": args.rounds, "threads": 1, "commit": commit()}
+        results.put({**base, **facts("bench/cpu_extras.py")})
+        print(f"{what:20} {name:22} {found['gbps']:8.2f} GB/s  {found['share']:.0%} of reading {cache}", flush=True)
+    precal = Precal(threads)
     kinds = [("L3, a8", "a8"), ("L3, a16", "a16"), ("prepack", "")]
     for settings, (what, mode) in itertools.product(SETTINGS, kinds):
         found = from_l3(precal, settings, mode, args.rounds) if mode else prepacking(settings, args.rounds)
