@@ -33,6 +33,43 @@ def cell(row: Row | None) -> str:
     return "-" if row is None else f"{row['mweights_per_s']:.4g} ({row['cycles_per_weight']:.3g})"
 
 
+def _met(value: float, limit: float, at_most: bool) -> str:
+    return "yes" if (value <= limit if at_most else value >= limit) else "no"
+
+
+def target_table(at: dict[tuple[str, str], Row], quoted: bool) -> list[str]:
+    """Cycles per weight and ratios of one machine beside what was wanted; what was not measured there is left out."""
+    lines = ["", "| target, float32 | measured | met |", "|---|---|---|"]
+    cycles = (
+        ("recipe precal, 4 bits", 12.0),
+        ("recipe paper, 4 bits", 2.5),
+        ("histogram, 2048 bins", 1.1),
+        ("kl_nats (measure)", 2.5),
+    )
+    for name, limit in cycles:
+        row = at.get((name, "float32"))
+        if row is not None:
+            value = row["cycles_per_weight"]
+            lines.append(f"| {name}: {limit:g} cycles per weight | {value:.3g} | {_met(value, limit, True)} |")
+    default, threshold = at.get(("recipe precal, 4 bits", "float32")), at.get(("salience_threshold", "float32"))
+    if threshold is not None:
+        value = threshold["x_memcpy"]
+        lines.append(f"| salience_threshold: 1.8 x memcpy | {value:.2f} x | {_met(value, 1.8, False)} |")
+    if default is not None:
+        peers = [(name, at.get((name, "float32")), limit) for name, limit in
+                 (("hqq, 4 bits g64, optimize", 200.0), ("auto_adpq, 4 bits g128", 400.0))]  # fmt: skip
+        ratios = [(n, default["mweights_per_s"] / r["mweights_per_s"], limit) for n, r, limit in peers if r is not None]
+        if quoted:
+            ratios.append(("ggml Q4_K, quoted", default["mweights_per_s"] / (dict(QUOTED)["ggml Q4_K"] * 250), 12.0))
+        for name, value, limit in ratios:
+            lines.append(f"| recipe precal: {limit:g} x {name} | {value:.3g} x | {_met(value, limit, False)} |")
+        half = at.get(("recipe precal, 4 bits", "bfloat16"))
+        if half is not None:
+            value = half["mweights_per_s"] / default["mweights_per_s"]
+            lines.append(f"| recipe precal: bfloat16 as fast as float32 | {value:.2f} x | {_met(value, 1.0, False)} |")
+    return lines
+
+
 def quantizing_section(steps: list[Row], whole: list[Row]) -> str:
     lines = ["", "# Speed of quantizing", "", *(HOW.splitlines() if steps else [EMPTY])]
     for machine in machines(steps):
@@ -61,6 +98,7 @@ def quantizing_section(steps: list[Row], whole: list[Row]) -> str:
                 continue
             ahead = f"{default['mweights_per_s'] / (gbps * 250):.3g} x"
             lines.append(f"| {name}, quoted, 2 threads | {gbps * 250:.4g} | - | {ahead} |")
+        lines += target_table(at, threads == 2)
     if steps:
         lines += ["", *LIMITS.splitlines()]
     if whole:

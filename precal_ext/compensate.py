@@ -29,7 +29,7 @@ SPACES = ("gradient", "svd", "random", "afm")
 GAINS = {"gradient": (1.0, 0.5, 0.2, 0.1)}
 DEFAULT_GAINS = (1.0, 2.0, 4.0)
 ROUNDS = {"gradient": 4}
-FAR = 0.05  # of the codes; data-free ones, found with the scales, differ by 0.1 %
+FAR = 0.05  # of the codes; data-free ones are the nearest but for a few, as they were found together with the scales
 STRIDE = 4.0
 DAMPING = 10.0  # of the mean eigenvalue of a factor of the curvature
 LEAST = 1e-6  # nats: differences below it are rounding
@@ -433,8 +433,7 @@ def _packed(q: QTensor) -> Tensor:
 def start(w: Tensor, q: QTensor, dense: Tensor) -> tuple[Tensor, float]:
     """Where steps against the gradient begin, and how long they are: at W [N, K], to which the codes of W', ``dense``,
     are the nearest. Where more than ``FAR`` are not, as after GPTQ, which chose them for what inputs make of them, half
-    way from W' to W. The codes are the nearest to that (at 3 bits all but 0.5 %; of those nearest to W a third are
-    others), and none is nearly a tie, so that shorter steps change nothing."""
+    way from W' to W. The codes are the nearest to that, and none is nearly a tie: shorter steps change nothing."""
     nearest, there = (ops.unpack(x.tensors["weight_packed"], q.spec.bits, q.spec.K) for x in (requantize(q, w), q))
     return (w, 1.0) if int((nearest != there).sum()) <= FAR * w.numel() else ((w + dense) / 2, STRIDE)
 

@@ -94,3 +94,12 @@ class EmulatedTorch:
     def waits(self) -> int:
         """How often the host waited for the device so far."""
         return int(self.library.precal_shim_waits())
+
+
+def run_sanitized(tests: str) -> None:
+    """The tests of a file again, on the kernels that are built with ASan and UBSan."""
+    build()
+    environment = {**sanitizer_environment(preload=True), "PRECAL_EMULATOR": "sanitize"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import precal_ext
 from precal_ext import Report
+from precal_ext.convert import Progress
 
 DEMO = ROOT / "demo" / "llama-6m"
 MODELS = ["llama-6m", "stories260K", "TinyStories-656K"]
@@ -173,3 +174,15 @@ def run_python(*arguments: str, cwd: Path, **variables: str) -> subprocess.Compl
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=300
     )
+
+
+class Interruption(BaseException):
+    """Like KeyboardInterrupt, which pytest would take for its own."""
+
+
+def stop_after(count: int) -> Callable[[Progress], None]:
+    def progress(p: Progress) -> None:
+        if p.tensors_done == count:
+            raise Interruption
+
+    return progress

@@ -17,6 +17,7 @@ from conftest import forced_threads
 from models import (
     ARCHITECTURES,
     DEMO,
+    Interruption,
     Run,
     add_tokenizer,
     altered,
@@ -26,6 +27,7 @@ from models import (
     first_layers,
     save_tiny,
     shared,
+    stop_after,
     stored_tensors,
 )
 from torch import Tensor
@@ -257,18 +259,6 @@ def test_what_is_said_is_not_trusted(whole: Path, tmp_path: Path, run: Run) -> N
 
 
 # ---- the same bytes --------------------------------------------------------------------------------------------------
-
-
-class Interruption(BaseException):
-    """Like KeyboardInterrupt, which pytest would take for its own."""
-
-
-def stop_after(count: int) -> Callable[[Progress], None]:
-    def progress(p: Progress) -> None:
-        if p.tensors_done == count:
-            raise Interruption
-
-    return progress
 
 
 @pytest.mark.parametrize("after", [9, 17, 25])

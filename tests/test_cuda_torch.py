@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,11 +42,7 @@ def gpu(library: emulator.EmulatedTorch) -> Iterator[emulator.EmulatedTorch]:
 
 @pytest.mark.skipif("PRECAL_EMULATOR" in os.environ, reason="this is the run under sanitizers")
 def test_the_same_under_asan_and_ubsan() -> None:
-    emulator.build()
-    environment = {**emulator.sanitizer_environment(preload=True), "PRECAL_EMULATOR": "sanitize"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=emulator.ROOT)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    emulator.run_sanitized(__file__)
 
 
 # ---- every op --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from models import Run, altered, digests, environment
+from models import Interruption, Run, altered, digests, environment, stop_after
 
 from precal_ext import CheckpointError, QuantizeConfig, pipeline, quantize_checkpoint
 from precal_ext.convert import Progress, plan_quantization
@@ -28,18 +28,6 @@ from precal_ext.staging import folder_of, read_journal
 pytest_plugins = ["package_fixtures"]
 
 CONFIG = QuantizeConfig(bits=3)
-
-
-class Interruption(BaseException):
-    """Like KeyboardInterrupt, which pytest would take for its own."""
-
-
-def stop_after(count: int) -> Callable[[Progress], None]:
-    def progress(p: Progress) -> None:
-        if p.tensors_done == count:
-            raise Interruption
-
-    return progress
 
 
 def interrupted(model: Path, out: Path, after: int = 20, **options: Any) -> int:
