@@ -151,6 +151,13 @@ def _(packed: Tensor, *rest: Any) -> Tensor:
     return packed.new_empty([packed.shape[0], K], dtype=torch.float32)
 
 
+@_fake("measure")
+def _(w: Tensor, packed: Tensor, scale: Tensor, row_scale: Tensor, grid: Tensor | None, *rest: Any) -> Any:
+    bits, num_bins = rest[5], rest[7]  # after four tensors and K
+    labels = 1 if grid is None or grid.numel() == 2**bits else grid.numel()
+    return w.new_empty([labels, num_bins], dtype=torch.int64), w.new_empty([packed.shape[0], 2], dtype=torch.float64)
+
+
 @_fake("prepack")
 def _(
     packed: Tensor,

@@ -59,18 +59,14 @@ def sum_squares(x: Tensor) -> float:
 
 
 def measure(w: Tensor, q: QTensor) -> Figures:
-    """Compare a weight [N, K] with its quantized form, a few rows at a time: nothing as large as the weight is made.
+    """Compare a weight [N, K] with its quantized form, in one pass over both (``ops.measure``).
 
     W - W' is rounded to float32, which moves the SQNR by less than 1e-6 dB.
     """
-    power = noise = 0.0
-    salient = 0
-    for rows, part in row_parts(q):
-        power += sum_squares(w[rows])
-        noise += sum_squares(part.dequantize().sub_(w[rows]))
-        salient += int(_split_mask(part).sum()) if q.spec.split else len(outlier_places(part))
-    share = salient / max(1, q.spec.N * q.spec.K)
-    return Figures(sqnr_db(power, noise), kl_nats(w, q), q.spec.bits_per_weight(), share, power, noise)
+    counts, squares = _measured(w, q)
+    power, noise = (math.fsum(squares[:, i].tolist()) for i in (0, 1))
+    share = _num_salient(q) / max(1, q.spec.N * q.spec.K)
+    return Figures(sqnr_db(power, noise), _kl_of_counts(counts, q), q.spec.bits_per_weight(), share, power, noise)
 
 
 def row_parts(q: QTensor) -> Iterator[tuple[slice, QTensor]]:
@@ -93,6 +89,13 @@ def outlier_mask(q: QTensor) -> Tensor | None:
     mask = torch.zeros(spec.N, spec.K, dtype=torch.bool)
     mask.view(-1)[outlier_places(q)] = True
     return mask
+
+
+def _num_salient(q: QTensor) -> int:
+    if q.spec.split:
+        of_byte = torch.tensor([byte.bit_count() for byte in range(256)])
+        return int(torch.bincount(q.tensors["weight_outlier_mask"].flatten(), minlength=256) @ of_byte)
+    return int(torch.count_nonzero(q.tensors["weight_outlier_value"] & 0x7F)) if q.spec.c else 0
 
 
 def _split_mask(q: QTensor) -> Tensor:
@@ -143,27 +146,21 @@ def kl_nats(w: Tensor, q: QTensor) -> float:
     number of bins is the power of two nearest below a 32nd of the number of weights, between 256 and 2048: an empty
     tensor has 0 nats, a small one a positive bias of about bins / (2 * weights).
     """
-    spec = q.spec
+    return _kl_of_counts(_measured(w, q)[0], q)
+
+
+def _measured(w: Tensor, q: QTensor) -> tuple[Tensor, Tensor]:
     bins = MIN_BINS
-    while bins < MAX_BINS and bins * 2 * 32 <= spec.N * spec.K:
+    while bins < MAX_BINS and bins * 2 * 32 <= q.spec.N * q.spec.K:
         bins *= 2
-    half = level_range(spec.uniform, spec.bits)
-    counts = torch.zeros((spec.grid_size, bins) if spec.trellis else (bins,), dtype=torch.int64)
-    for rows, part in row_parts(q):
-        label = part.level_index() if spec.trellis else None
-        if spec.split:
-            mask = _split_mask(part)
-            parts = [("weight_scale", w[rows].masked_fill(mask, math.nan))]
-            parts.append(("weight_outlier_scale", w[rows].masked_fill(~mask, math.nan)))
-        else:
-            parts = [("weight_scale", without_outliers(w[rows], part))]
-        for key, dense in parts:
-            divisor = scale_amplitude(part.tensors[key], part.tensors["weight_row_scale"])
-            x = dense.contiguous()
-            weight, labels = (divisor != 0).long(), len(counts) if spec.trellis else 1
-            counts += ops.histogram(x, bins, -half, half, divisor, weight, spec.group_size, label, labels)[0]
+    return q.measure(w.contiguous(), bins, level_range(q.spec.uniform, q.spec.bits))
+
+
+def _kl_of_counts(counts: Tensor, q: QTensor) -> float:
+    """Of the counts of ``ops.measure``."""
+    half = level_range(q.spec.uniform, q.spec.bits)
     grid = q.tensors.get("weight_grid")
     if grid is None:
-        grid = torch.arange(2**spec.bits, dtype=torch.int16).sub(2 ** (spec.bits - 1)).clamp(min=-127).to(torch.int8)
-    density = ops.spread_codes(counts, -half, half, grid)
-    return float(ops.kl_divergence(counts.sum(0) if spec.trellis else counts, density))
+        grid = torch.arange(2**q.spec.bits, dtype=torch.int16).sub(2 ** (q.spec.bits - 1)).clamp(min=-127)
+    density = ops.spread_codes(counts if q.spec.trellis else counts[0], -half, half, grid.to(counts.device, torch.int8))
+    return float(ops.kl_divergence(counts.sum(0), density))

@@ -6,11 +6,12 @@ message ``op: argument must be ..., got ...``, in the words of ``_C``. Called th
 messages arrive as ``RuntimeError``. Results do not depend on the number of threads; codes, scales and counts are the
 same bits on every instruction set and device.
 
-On CUDA ``linear``, ``dequantize``, ``unprepack``, ``unpack`` and ``soft_threshold`` never wait for the device; the ops
-of quantization, ``pack`` and ``prepack`` do at their end, to refuse what the CPU refuses. In a graph that is being
-captured nothing may wait, so what only the values of a tensor show is not refused there: a row of w that is not finite
-gets a row scale (quantize_*) or lam (salience_threshold) of NaN, pack takes the low bits of a code, histogram drops a
-label out of range, and levels, scales and counts are used as they are; the same holds for ``_C_cuda``.
+On CUDA ``linear``, ``dequantize``, ``measure``, ``unprepack``, ``unpack`` and ``soft_threshold`` never wait for the
+device; the ops of quantization, ``pack`` and ``prepack`` do at their end, to refuse what the CPU refuses. In a graph
+that is being captured nothing may wait, so what only the values of a tensor show is not refused there: a row of w that
+is not finite gets a row scale (quantize_*) or lam (salience_threshold) of NaN, pack takes the low bits of a code,
+histogram drops a label out of range, and levels, scales and counts are used as they are; the same holds for
+``_C_cuda``.
 
 Notation: ``N, K`` rows and columns of a weight, ``G = ceil(K / group_size)``, ``B`` outlier blocks of a row, ``c``
 their capacity. ``docs/format.md`` draws the bytes, ``docs/method.md`` derives the formulas.
@@ -319,6 +320,58 @@ def dequantize(
         K,
         bits,
         group_size,
+        segment,
+    )
+
+
+@_contract
+def measure(
+    w: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    grid: Tensor | None,
+    outlier_index: Tensor | None,
+    outlier_value: Tensor | None,
+    outlier_scale: Tensor | None,
+    outlier_mask: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+    num_bins: int,
+    half: float,
+    segment: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What quantization did to W: the histogram of its dense weights in units of levels, and squares, in one pass.
+
+    The histogram is that of w / (row_scale * scale), divided and multiplied in float32, in ``num_bins`` bins as
+    ``histogram`` has them in [-half, half]. Weights that an outlier entry stands for, those of a scale of 0 and those
+    outside count nowhere; with ``outlier_scale`` each weight is divided by the scale of its code.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, what was quantized.
+        num_bins: a power of two from 2 to 2**16.  half: a power of two from 1 to 2**16, in levels.
+        The others as for ``dequantize``.
+    Returns:
+        counts int64 [1, num_bins], or with a trellis, where decision cells overlap, [levels, num_bins], by code; and
+        squares float64 [N, 2], sums over a row of w^2 and of (w' - w)^2, the difference rounded to float32. The same
+        bits everywhere.
+    """
+    return torch.ops.precal.measure(
+        w,
+        packed,
+        scale,
+        row_scale,
+        grid,
+        outlier_index,
+        outlier_value,
+        outlier_scale,
+        outlier_mask,
+        K,
+        bits,
+        group_size,
+        num_bins,
+        half,
         segment,
     )
 

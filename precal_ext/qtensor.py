@@ -120,6 +120,12 @@ class QTensor:
         """W' as float32 [N, K]."""
         return ops.dequantize(*self._arguments())
 
+    def measure(self, w: Tensor, num_bins: int, half: float) -> tuple[Tensor, Tensor]:
+        """Histogram in units of levels, and squares, of the weight that this was (``ops.measure``)."""
+        *before, segment = self._arguments()
+        arguments: tuple[Any, ...] = (w, *before, num_bins, half, segment)
+        return ops.measure(*arguments)
+
     def level_index(self) -> Tensor:
         """uint8 [N, K]: which level of the grid each code means (docs/format.md)."""
         codes = ops.unpack(self.tensors["weight_packed"], self.spec.bits, self.spec.K)

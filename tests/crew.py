@@ -48,7 +48,8 @@ def hold_at(number: int, marker: Path) -> None:
         if left == 0:
             marker.with_suffix(".begun").write_text(str(os.getpid()))
             marker.with_suffix(".begun").rename(marker)
-            time.sleep(60)
+            for _ in range(600):  # a signal right before a sleep does not end it
+                time.sleep(0.1)
         left -= 1
         return real(*arguments)
 

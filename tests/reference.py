@@ -388,6 +388,45 @@ def dequantize(
     return (row_scale.double()[:, None] * w.float().double()).float()
 
 
+def measure(
+    w: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    grid: Tensor | None,
+    outlier_index: Tensor | None,
+    outlier_value: Tensor | None,
+    outlier_scale: Tensor | None,
+    outlier_mask: Tensor | None,
+    K: int,
+    bits: int,
+    group_size: int,
+    num_bins: int,
+    half: float,
+    segment: int = 0,
+) -> tuple[Tensor, Tensor]:
+    outliers = (outlier_index, outlier_value, outlier_scale, outlier_mask)
+    dense = dequantize(packed, scale, row_scale, grid, *outliers, K, bits, group_size, segment)
+    columns = group_of_column(K, group_size)
+    unit = (row_scale.float()[:, None] * scale_values(scale).float())[:, columns]
+    if outlier_mask is not None:
+        salient = torch.from_numpy(np.unpackbits(outlier_mask.numpy(), axis=1, bitorder="little")[:, :K].astype(bool))
+        other = (row_scale.float()[:, None] * scale_values(outlier_scale).float())[:, columns]
+        unit = torch.where(salient, other, unit)
+    x = torch.where(unit == 0, math.nan, w.float() / unit)
+    if outlier_index is not None:
+        for b, (begin, end) in enumerate(outlier_blocks(K, segment)):
+            for n, i in np.ndindex(len(w), outlier_index.shape[2]):
+                if outlier_value[n, b, i] & 0x7F and begin + int(outlier_index[n, b, i]) < end:
+                    x[n, begin + int(outlier_index[n, b, i])] = math.nan
+    levels = len(levels_of(grid, bits))
+    labels = levels if levels == 2 ** (bits + 1) else 1
+    label = level_index(unpack(packed, bits, K), True, segment) if labels > 1 else None
+    counts, _ = histogram(x, num_bins, -half, half, label=label, num_labels=labels)
+    noise = (dense - w.float()).double().square().sum(1)
+    return counts.reshape(labels, num_bins), torch.stack([w.double().square().sum(1), noise], 1)
+
+
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.double() @ w.double().T
     return y if bias is None else y + bias.double()

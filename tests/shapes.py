@@ -217,6 +217,16 @@ class Recipe(NamedTuple):
 RTN: dict[str, Any] = {"scale_dtype": "float16", "symmetric": True, "search": (1.0, 1.0)}
 
 
+def measure_arguments(
+    weight: Weight, num_bins: int, half: float, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    """Of ``ops.measure``: for w what the weight stands for, a little moved."""
+    *tensors_and_numbers, segment = weight
+    w = reference.dequantize(*weight)
+    moved = w * (1 + 0.1 * torch.randn(w.shape, generator=generator(6)))
+    return (moved.to(dtype), *tensors_and_numbers, num_bins, half, segment)
+
+
 def op_examples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one valid call of every op, by its name."""
     w = student_t(17, 300)
@@ -241,6 +251,7 @@ def op_examples() -> dict[str, tuple[Any, ...]]:
         "pack": (codes, 3),
         "unpack": (weight.packed, 3, 300),
         "dequantize": tuple(weight),
+        "measure": measure_arguments(weight, 256, 256.0),
         "prepack": tuple(weight),
         "unprepack": (prepacked, *weight.numbers),
         "linear": (

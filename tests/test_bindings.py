@@ -133,6 +133,7 @@ THREADED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pack": ("pack", ((W300 * 100).byte() % 8, 3)),
     "unpack": ("unpack", (W_TRELLIS.packed, 4, 1000)),
     "dequantize": ("dequantize", tuple(W_TRELLIS)),
+    "measure": ("measure", shapes.measure_arguments(W_TRELLIS, 512, 256.0)),
     "prepack": ("prepack", tuple(W_TRELLIS)),
     "unprepack": ("unprepack", (ops.prepack(*W_TRELLIS), *W_TRELLIS.numbers)),
     "linear": ("linear", (W300[:70], ops.prepack(*W_TRELLIS), None, *W_TRELLIS.numbers)),

@@ -30,7 +30,8 @@ def quantize_weight(*arguments):
     global left
     if left == 0:
         print("begun", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # Python looks for signals between sleeps; one right before a sleep does not end it
+            time.sleep(0.1)
     left -= 1
     return real(*arguments)
 

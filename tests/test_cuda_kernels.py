@@ -121,6 +121,22 @@ def test_dequantize(gpu: emulator.Emulated, numbers: tuple[int, ...], options: d
     check(gpu, "dequantize", *shapes.random_weight(1, *numbers, **options), seeds=[0, 2])
 
 
+@pytest.mark.parametrize(("numbers", "options"), WEIGHTS, ids=str)
+def test_measure(gpu: emulator.Emulated, numbers: tuple[int, ...], options: dict[str, Any]) -> None:
+    weight = shapes.random_weight(1, *numbers, **options)
+    check(gpu, "measure", *shapes.measure_arguments(weight, 256, 256.0, torch.bfloat16), seeds=[0, 2])
+
+
+def test_measure_with_counts_of_every_kind(gpu: emulator.Emulated) -> None:
+    weight = shapes.random_weight(1, 40, 320, 4, 64, 1, trellis=True)
+    for dtype in DTYPES:
+        w, *rest = shapes.measure_arguments(weight, 2048, 128.0, dtype)
+        w[0, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
+        w[1] *= 1000
+        check(gpu, "measure", w, *rest)
+        check(gpu, "measure", w, *rest[:-3], 64, 1.0, 0)
+
+
 def test_dequantize_ignores_outliers_outside_of_their_block(gpu: emulator.Emulated) -> None:
     weight = shapes.random_weight(1, 3, 300, 4, 32, 2)
     weight.outlier_index.fill_(200)

@@ -81,6 +81,7 @@ def test_only_what_is_quantized_or_loaded_waits_for_the_device(gpu: emulator.Emu
         for dtype in DTYPES:
             gpu.ops.linear(x.to(dtype), prepacked, None, *weight.numbers)
     gpu.ops.dequantize(*weight)
+    gpu.ops.measure(*shapes.measure_arguments(weight, 256, 256.0))
     gpu.ops.unprepack(prepacked, *weight.numbers)
     gpu.ops.unpack(weight.packed, 4, 300)
     gpu.ops.soft_threshold(x, 0.1)

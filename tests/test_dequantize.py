@@ -143,13 +143,20 @@ def test_threads_change_nothing(isa: str) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-# ---- errors, shared by dequantize and prepack ------------------------------------------------------------------------
+# ---- errors, shared by dequantize, measure and prepack ---------------------------------------------------------------
 
 GRID = shapes.random_weight(0, 5, 300, 4, 64, c=2)
 SPLIT = shapes.random_weight(0, 5, 300, 4, 64, split=True)
 
 
-@pytest.mark.parametrize("name", ["dequantize", "prepack"])
+def read(name: str, weight: Weight) -> object:
+    if name == "measure":
+        *before, segment = weight
+        return ops.measure(torch.zeros(len(weight.packed), 300), *before, 256, 256.0, segment)
+    return getattr(ops, name)(*weight)
+
+
+@pytest.mark.parametrize("name", ["dequantize", "measure", "prepack"])
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
@@ -201,10 +208,10 @@ SPLIT = shapes.random_weight(0, 5, 300, 4, 64, split=True)
 )
 def test_errors(name: str, weight: Weight, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{name}: " + re.escape(message)):
-        getattr(ops, name)(*weight)
+        read(name, weight)
 
 
-@pytest.mark.parametrize("name", ["dequantize", "prepack"])
+@pytest.mark.parametrize("name", ["dequantize", "measure", "prepack"])
 @pytest.mark.parametrize(
     ("levels", "message"),
     [([-128, *range(15)], "grid must lie in [-127, 127], got -128"), ([5, *range(15)], "grid must be non-decreasing")],
@@ -212,7 +219,7 @@ def test_errors(name: str, weight: Weight, error: type[Exception], message: str)
 def test_bad_levels_are_refused(name: str, levels: list[int], message: str) -> None:
     weight = GRID._replace(grid=torch.tensor([levels], dtype=torch.int8))
     with pytest.raises(ValueError, match=re.escape(message)):
-        getattr(ops, name)(*weight)
+        read(name, weight)
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])

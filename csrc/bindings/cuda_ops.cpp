@@ -217,6 +217,20 @@ Status Dequantize::launch(const TensorView* out, void*, cudaStream_t stream) con
   return cuda::launch_dequantize(p, stream);
 }
 
+Status Measure::launch(const TensorView* out, void*, cudaStream_t stream) const {
+  cuda::MeasureParams p{};
+  PRECAL_RETURN_IF_ERROR(weight.check("measure", &p.format));
+  p.w = w.data;
+  p.dtype = w.dtype;
+  p.weight = pointers(weight);
+  p.num_bins = num_bins;
+  p.labels = num_labels(p.format);
+  p.half = half;
+  p.counts = out[0].as<int64_t>();
+  p.squares = out[1].as<double>();
+  return cuda::launch_measure(p, stream);
+}
+
 Status Prepack::plan(TensorSpec* out) const {
   WeightFormat f;
   PRECAL_RETURN_IF_ERROR(weight.check("prepack", &f));

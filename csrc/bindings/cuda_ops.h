@@ -82,6 +82,10 @@ struct Dequantize : cpu::Dequantize, NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
 };
 
+struct Measure : cpu::Measure, NoWorkspace {
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+};
+
 struct Prepack : NoWorkspace {
   static constexpr int kOutputs = 1;
   cpu::WeightTensors weight;

@@ -292,6 +292,25 @@ PYBIND11_MODULE(_C, m) {
       py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"), py::arg("K"), py::arg("bits"),
       py::arg("group_size"), py::arg("segment") = 0);
   m.def(
+      "measure",
+      [](const py::object& w, const py::object& packed, const py::object& scale, const py::object& row_scale,
+         const py::object& grid, const py::object& outlier_index, const py::object& outlier_value,
+         const py::object& outlier_scale, const py::object& outlier_mask, int64_t K, int64_t bits, int64_t group_size,
+         int64_t num_bins, double half, int64_t segment) {
+        const Call call{"measure"};
+        const Borrowed a = call.tensor("w", w);
+        std::array<Borrowed, 8> list;
+        return call.run(
+            cpu::Measure{a.view,
+                         weight_tensors(call, &list, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                        outlier_scale, outlier_mask, K, bits, group_size, segment),
+                         num_bins, half});
+      },
+      py::arg("w"), py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"),
+      py::arg("outlier_index"), py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"),
+      py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("num_bins"), py::arg("half"),
+      py::arg("segment") = 0);
+  m.def(
       "prepack",
       [](const py::object& packed, const py::object& scale, const py::object& row_scale, const py::object& grid,
          const py::object& outlier_index, const py::object& outlier_value, const py::object& outlier_scale,

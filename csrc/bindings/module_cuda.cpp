@@ -280,6 +280,27 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
   define_weight_op("prepack", [](const cpu::WeightTensors& w) { return gpu::Prepack{w}; });
 
   m.def(
+      "measure",
+      [](const object& w, const object& packed, const object& scale, const object& row_scale, const object& grid,
+         const object& index, const object& value, const object& other, const object& mask, int64_t K, int64_t bits,
+         int64_t group_size, int64_t num_bins, double half, int64_t segment, const object& out, const object& workspace,
+         uintptr_t stream) {
+        const Call call{"measure", stream};
+        const Borrowed a = call.tensor("w", w);
+        std::array<Borrowed, 8> list;
+        call.run(gpu::Measure{{a.view,
+                               weight_tensors(call, &list, packed, scale, row_scale, grid, index, value, other, mask, K,
+                                              bits, group_size, segment),
+                               num_bins, half},
+                              {}},
+                 out, workspace);
+      },
+      py::arg("w"), py::arg("packed"), py::arg("scale"), py::arg("row_scale"), py::arg("grid"),
+      py::arg("outlier_index"), py::arg("outlier_value"), py::arg("outlier_scale"), py::arg("outlier_mask"),
+      py::arg("K"), py::arg("bits"), py::arg("group_size"), py::arg("num_bins"), py::arg("half"),
+      py::arg("segment") = 0, PRECAL_ENDING);
+
+  m.def(
       "unprepack",
       [](const object& prepacked, int64_t N, int64_t K, int64_t bits, int64_t group_size, int64_t c, int64_t grid_size,
          bool split, const std::string& scale_dtype, int64_t segment, const object& out, const object& workspace,

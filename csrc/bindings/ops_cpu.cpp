@@ -127,6 +127,19 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_s
                   packed)[0];
 }
 
+std::tuple<Tensor, Tensor> measure(const Tensor& w, const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
+                                   MaybeTensor grid, MaybeTensor outlier_index, MaybeTensor outlier_value,
+                                   MaybeTensor outlier_scale, MaybeTensor outlier_mask, int64_t K, int64_t bits,
+                                   int64_t group_size, int64_t num_bins, double half, int64_t segment) {
+  const Call call{"measure"};
+  return run_tuple(call,
+                   cpu::Measure{call.view("w", w),
+                                weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                               outlier_scale, outlier_mask, K, bits, group_size, segment),
+                                num_bins, half},
+                   w);
+}
+
 Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
                MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
@@ -174,6 +187,7 @@ STABLE_TORCH_LIBRARY_IMPL(precal, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("measure", TORCH_BOX(&measure));
   m.impl("prepack", TORCH_BOX(&prepack));
   m.impl("unprepack", TORCH_BOX(&unprepack));
   m.impl("linear", TORCH_BOX(&linear));

@@ -168,6 +168,18 @@ Tensor dequantize(const Tensor& packed, const Tensor& scale, const Tensor& row_s
                                   {}})[0];
 }
 
+std::tuple<Tensor, Tensor> measure(const Tensor& w, const Tensor& packed, const Tensor& scale, const Tensor& row_scale,
+                                   MaybeTensor grid, MaybeTensor outlier_index, MaybeTensor outlier_value,
+                                   MaybeTensor outlier_scale, MaybeTensor outlier_mask, int64_t K, int64_t bits,
+                                   int64_t group_size, int64_t num_bins, double half, int64_t segment) {
+  const DeviceCall call("measure", w);
+  return call.run_tuple(gpu::Measure{{call.tensor("w", w),
+                                      weight_tensors(call, packed, scale, row_scale, grid, outlier_index, outlier_value,
+                                                     outlier_scale, outlier_mask, K, bits, group_size, segment),
+                                      num_bins, half},
+                                     {}});
+}
+
 Tensor prepack(const Tensor& packed, const Tensor& scale, const Tensor& row_scale, MaybeTensor grid,
                MaybeTensor outlier_index, MaybeTensor outlier_value, MaybeTensor outlier_scale,
                MaybeTensor outlier_mask, int64_t K, int64_t bits, int64_t group_size, int64_t segment) {
@@ -233,6 +245,7 @@ PRECAL_TORCH_LIBRARY_IMPL(PRECAL_NAMESPACE, PRECAL_CUDA_KEY, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("measure", TORCH_BOX(&measure));
   m.impl("prepack", TORCH_BOX(&prepack));
   m.impl("unprepack", TORCH_BOX(&unprepack));
   m.impl("linear", TORCH_BOX(&linear));

@@ -37,6 +37,10 @@ PRECAL_TORCH_LIBRARY(PRECAL_NAMESPACE, m) {
       "dequantize(Tensor packed, Tensor scale, Tensor row_scale, Tensor? grid, Tensor? outlier_index,"
       " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size,"
       " int segment=0) -> Tensor");
+  m.def(
+      "measure(Tensor w, Tensor packed, Tensor scale, Tensor row_scale, Tensor? grid, Tensor? outlier_index,"
+      " Tensor? outlier_value, Tensor? outlier_scale, Tensor? outlier_mask, int K, int bits, int group_size,"
+      " int num_bins, float half, int segment=0) -> (Tensor counts, Tensor squares)");
   // execution
   m.def(
       "prepack(Tensor packed, Tensor scale, Tensor row_scale, Tensor? grid, Tensor? outlier_index,"

@@ -140,6 +140,15 @@ struct DequantizeArgs {
   float* out;  // [N, K]
 };
 
+struct MeasureArgs {
+  DequantizeArgs weight;  // without out
+  const void* w;          // [N, K] dtype
+  DType dtype;
+  int bin_bits;  // 2^bin_bits bins of [-half, half], both powers of two
+  double half;
+  double* squares;  // [N, 2]: of W, of W - W'
+};
+
 // Rows of x as whole numbers times a scale per span: columns of one group, at most kMaxSpan of them. M rows, cut into
 // panels of tokens that share a load of decoded weights.
 constexpr int64_t kMaxSpan = 128;
@@ -223,6 +232,8 @@ struct KernelTable {
   bool (*pack_rows)(const PackArgs&, int64_t row_begin, int64_t row_end);
   void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
   void (*dequantize_rows)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
+  // Adds to counts [grid_size or 1][2^bin_bits], by code with a trellis: of fewer than 2^32 weights.
+  void (*measure_rows)(const MeasureArgs&, int64_t row_begin, int64_t row_end, uint32_t* counts);
   void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
   // The first chunks of 16 rows of codes, as many as this ISA does at once; returns how many.
   int64_t (*interleave_rows)(const format::WeightFormat&, const format::TileLayout&, const uint32_t* rows,

@@ -144,6 +144,19 @@ struct Dequantize {
   Status run(const TensorView* out) const;
 };
 
+// What quantization did to a weight.
+struct Measure {
+  static constexpr int kOutputs = 2;  // counts [levels or 1, num_bins], squares [N, 2]
+  TensorView w;
+  WeightTensors weight;
+  int64_t num_bins;
+  double half;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+  // Bins are counted by code where codes overlap: with a trellis.
+  static int64_t num_labels(const format::WeightFormat& f) { return format::is_trellis(f) ? f.grid_size : 1; }
+};
+
 struct Prepack {
   static constexpr int kOutputs = 1;
   WeightTensors weight;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// quantize_groups, quantize_split, pack, unpack, dequantize.
+// quantize_groups, quantize_split, pack, unpack, dequantize, measure.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -320,22 +320,78 @@ Status Dequantize::plan(TensorSpec* out) const {
   return {};
 }
 
-Status Dequantize::run(const TensorView* out) const {
-  float levels[256];
+namespace {
+
+// All but `levels` and `out`.
+DequantizeArgs dequantize_args(const WeightTensors& weight, const WeightFormat& f) {
   DequantizeArgs args{};
-  PRECAL_RETURN_IF_ERROR(weight.check("dequantize", &args.format));
-  PRECAL_RETURN_IF_ERROR(make_levels("dequantize", weight.grid, args.format.bits, levels));
+  args.format = f;
   args.packed = weight.packed.as<uint32_t>();
   args.scale = weight.scale.data;
   args.row_scale = weight.row_scale.as<uint16_t>();
-  args.levels = levels;
   args.outlier_index = weight.outlier_index.as<uint8_t>();
   args.outlier_value = weight.outlier_value.as<uint8_t>();
   args.outlier_scale = weight.outlier_scale.data;
   args.mask = weight.mask.as<uint8_t>();
+  return args;
+}
+
+}  // namespace
+
+Status Dequantize::run(const TensorView* out) const {
+  WeightFormat f;
+  float levels[256];
+  PRECAL_RETURN_IF_ERROR(weight.check("dequantize", &f));
+  PRECAL_RETURN_IF_ERROR(make_levels("dequantize", weight.grid, f.bits, levels));
+  DequantizeArgs args = dequantize_args(weight, f);
+  args.levels = levels;
   args.out = out[0].as<float>();
-  parallel_for(0, args.format.N, row_grain(args.format.K),
+  parallel_for(0, f.N, row_grain(f.K),
                [&](int64_t begin, int64_t end) { kernels().dequantize_rows(args, begin, end); });
+  return {};
+}
+
+Status Measure::plan(TensorSpec* out) const {
+  constexpr const char* op = "measure";
+  WeightFormat f;
+  PRECAL_RETURN_IF_ERROR(check_weight(op, w));
+  PRECAL_RETURN_IF_ERROR(weight.check(op, &f));
+  PRECAL_RETURN_IF_ERROR(check_shape(op, "w", w, {w.dtype, {f.N, f.K}}, "(N, K) of the quantized weight"));
+  const auto is_power_of_two = [](double x) { return std::exp2(std::round(std::log2(x))) == x; };
+  if (num_bins < 2 || num_bins > (1 << 16) || (num_bins & (num_bins - 1)) != 0) {
+    return invalid_value(op, ": num_bins must be a power of two from 2 to 2^16, got ", num_bins);
+  }
+  if (!(half >= 1.0 && half <= 65536.0) || !is_power_of_two(half)) {
+    return invalid_value(op, ": half must be a power of two from 1 to 2^16, got ", half);
+  }
+  out[0] = {DType::kInt64, {num_labels(f), num_bins}};
+  out[1] = {DType::kFloat64, {f.N, 2}};
+  return {};
+}
+
+Status Measure::run(const TensorView* out) const {
+  WeightFormat f;
+  float levels[256];
+  PRECAL_RETURN_IF_ERROR(weight.check("measure", &f));
+  PRECAL_RETURN_IF_ERROR(make_levels("measure", weight.grid, f.bits, levels));
+  MeasureArgs args{dequantize_args(weight, f), w.data, w.dtype, 0, half, out[1].as<double>()};
+  args.weight.levels = levels;
+  while ((int64_t(1) << args.bin_bits) < num_bins) ++args.bin_bits;
+  int64_t* counts = out[0].as<int64_t>();
+  const int64_t cells = out[0].numel();
+  std::fill(counts, counts + cells, 0);
+  std::fill(args.squares, args.squares + 2 * f.N, 0.0);
+  const int64_t K = std::max<int64_t>(f.K, 1), most = std::max<int64_t>(1, (int64_t(1) << 31) / K);
+  std::mutex lock;
+  parallel_for(0, f.N, std::max(row_grain(f.K), ceil_div(cells, K)), [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> local(static_cast<size_t>(cells));
+    for (int64_t n = begin; n < end; n += most) {
+      std::fill(local.begin(), local.end(), 0u);
+      kernels().measure_rows(args, n, std::min(end, n + most), local.data());
+      std::lock_guard<std::mutex> guard(lock);
+      for (int64_t i = 0; i < cells; ++i) counts[i] += local[size_t(i)];
+    }
+  });
   return {};
 }
 

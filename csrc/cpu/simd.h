@@ -88,6 +88,9 @@ PRECAL_INLINE int32_t largest_word(I32 a) { return _mm512_reduce_max_epi32(a.v);
 PRECAL_INLINE I32 widen_words(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+PRECAL_INLINE I32 widen_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 // a < b ? 1 : 0
 PRECAL_INLINE I32 below(F32 a, F32 b) { return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), 1)}; }
@@ -218,6 +221,10 @@ PRECAL_INLINE int32_t largest_word(I32 a) {
 PRECAL_INLINE I32 widen_words(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+PRECAL_INLINE I32 widen_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 PRECAL_INLINE I32 below(F32 a, F32 b) {
@@ -424,6 +431,11 @@ PRECAL_INLINE I32 widen_words(const uint16_t* p) {
   PRECAL_LANES(r.v, p[i]);
   return r;
 }
+PRECAL_INLINE I32 widen_bytes(const uint8_t* p) {
+  I32 r;
+  PRECAL_LANES(r.v, p[i]);
+  return r;
+}
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) {
   I32 r;
   PRECAL_LANES(r.v, a.v[i] - b.v[i]);
@@ -456,13 +468,17 @@ PRECAL_INLINE int append_where(uint32_t mask, I32 a, int32_t* p) {
 #endif
 
 // The reduction tree of every sum over lanes: 16 -> 8 -> 4 -> 2 -> 1, lane i with lane i + half.
-PRECAL_INLINE float hsum(F32 a) {
-  float v[kLanes];
-  store(v, a);
+template <typename Number>
+PRECAL_INLINE Number sum_of_lanes(Number* v) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
   }
   return v[0];
+}
+PRECAL_INLINE float hsum(F32 a) {
+  float v[kLanes];
+  store(v, a);
+  return sum_of_lanes(v);
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

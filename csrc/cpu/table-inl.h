@@ -7,6 +7,7 @@
 #include "cpu/interleave-inl.h"
 #include "cpu/linear-inl.h"
 #include "cpu/linear_int8-inl.h"
+#include "cpu/measure-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/salience-inl.h"
 #include "cpu/trellis-inl.h"
@@ -14,9 +15,9 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 static constexpr KernelTable make_table(const char* name) {
-  return {name,         soft_threshold,  magnitude_digit, collect_magnitudes, mask_magnitudes,
-          histogram,    quantize_rows,   pack_rows,       unpack_rows,        dequantize_rows,
-          linear_tiles, interleave_rows, kIntegerKernels};
+  return {name,         soft_threshold, magnitude_digit, collect_magnitudes, mask_magnitudes,
+          histogram,    quantize_rows,  pack_rows,       unpack_rows,        dequantize_rows,
+          measure_rows, linear_tiles,   interleave_rows, kIntegerKernels};
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE

@@ -51,6 +51,18 @@ struct DequantizeParams {
 };
 Status launch_dequantize(const DequantizeParams& params, cudaStream_t stream);
 
+struct MeasureParams {
+  const void* w;  // [N, K] dtype
+  DType dtype;
+  format::WeightFormat format;
+  WeightPointers weight;
+  int64_t num_bins, labels;  // powers of two; labels: levels of a trellis, else 1
+  double half;               // a power of two
+  int64_t* counts;           // [labels, num_bins]
+  double* squares;           // [N, 2]: of w, of w' - w
+};
+Status launch_measure(const MeasureParams& params, cudaStream_t stream);
+
 struct PrepackParams {
   format::WeightFormat format;
   format::CudaLayout layout;
