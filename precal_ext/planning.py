@@ -133,14 +133,16 @@ def _plan(args: argparse.Namespace, config: Callable[[argparse.Namespace], Any])
     settings = config(args)
     model = resolve_model(args.model)
     made = _make(args, model, settings, None)
+    if args.out is not None:  # what comes takes longer
+        made.save(args.out)
     if made.with_text and not args.no_forecast:
         from precal_ext.outlook import forecast_plan
         from precal_ext.planner import WINDOWS
 
         with _shown(args.quiet) as progress:
             made = forecast_plan(model, made, text=args.text, windows=args.windows or WINDOWS, progress=progress)
-    if args.out is not None:
-        made.save(args.out)
+        if args.out is not None:
+            made.save(args.out)
     if args.json:
         print(json.dumps(made.to_dict()))
         return EXIT_OK

@@ -244,7 +244,7 @@ def test_the_shipped_predictor_and_its_theorem(trained: Path, plan: BitPlan, tex
     for f in (shipped.predictor, shipped.theorem):
         assert 0 <= f.low_nats <= f.rise_nats <= f.high_nats
     widths = {
-        name: math.log((f.high_nats + LEAST) / (f.low_nats + LEAST))
+        name: math.log((f.high_nats + LEAST) / (f.rise_nats + LEAST))
         for name, f in (("predictor", shipped.predictor), ("theorem", shipped.theorem))
     }
     assert shipped.used == min(widths, key=lambda name: widths[name])
@@ -317,6 +317,18 @@ def test_the_command(run: Run, talking: Path, text: Path, tmp_path: Path) -> Non
     without = json.loads(out)
     assert "forecast" not in without
     assert BitPlan.from_dict(without) == made
+
+
+def test_the_plan_is_there_before_the_forecast(
+    run: Run, talking: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outlook, "forecast_plan", stopped)
+    command = ("plan", talking, "--target-bits", 4.2, "--text", text, "--windows", 3, "--out", tmp_path / "plan.json")
+    assert run(*command)[0] != 0
+    assert BitPlan.load(tmp_path / "plan.json").forecast is None
 
 
 def test_without_a_text_nothing_changes(run: Run, talking: Path) -> None:
