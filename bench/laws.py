@@ -18,6 +18,7 @@ def laws_blocks(rows: list[Row], fits: list[Row]) -> dict[str, str]:
         "laws-models": lambda: models_table(rows),
         "laws-scores": lambda: scores_table(fits),
         "laws-shipped": lambda: shipped_table(fits),
+        "laws-certainty": lambda: certainty_table(fits),
         "laws-flatness": lambda: flatness_table(rows),
         "laws-radial": lambda: radial_table(rows),
         "laws-gptq": lambda: gptq_table(rows),
@@ -93,6 +94,24 @@ def shipped_table(fits: list[Row]) -> str:
         held = r["covered_held_out"].get(name)
         share = "by construction, over families" if held is None else f"{held:.0%}"
         lines.append(f"| {name} | {cell(score['all'])} | {cell(score['others'])} | {cell(score['gptq'])} | {share} |")
+    return "\n".join(lines)
+
+
+def certainty_table(fits: list[Row]) -> str:
+    """The predictor's intervals beside the theorem's."""
+    r = next(r for r in fits if r["kind"] == "shipped")
+    lines = [
+        "Intervals for 90 % of rises, as the factor from the middle to either end (of rise + 0.001 nats, median over",
+        "the formats without GPTQ), and the share of true rises in them; features without gradients, as for a plan.",
+        "",
+        "| left out | rows | theorem: factor, in it | predictor: factor, in it | latter narrower | in the narrower |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, s in r["certainty"].items():
+        cells = [f"{s[key]['factor']:.2f}, {s[key]['covered']:.0%}" for key in ("theorem", "predictor")]
+        lines.append(
+            f"| {name} | {s['rows']} | {cells[0]} | {cells[1]} | {s['predictor_narrower']:.0%} | {s['covered']:.0%} |"
+        )
     return "\n".join(lines)
 
 

@@ -19,10 +19,13 @@ import numpy as np
 from recipes import facts
 from rows import Row
 
+from precal_ext.forecast import COVERAGE
 from precal_ext.forest import Forest, write_forest
-from precal_ext.predict import FEATURES, LEAST
+from precal_ext.landscape import read_profile
+from precal_ext.outlook import TRACE_RADIUS
+from precal_ext.predict import FEATURES, LEAST, LEAST_TRACE, log_rise
 
-TREES, LEAF, COVERAGE = 100, 3, 0.9
+TREES, LEAF = 100, 3
 FAR = 1e30
 NEAR = 1.05  # of two errors that are so near, the one of fewer features is preferred
 CLOSED = {  # rises that need no fit
@@ -36,7 +39,7 @@ PAPER = ("log10_parameters", "nll_nats", "bits", "log2_group", "power_of_two_sca
 PAPER += ("sqnr_min_db",)
 LOCAL = ("gptq", "shrinkage", "log_along", "log_gptq_gain", "radial_over_along", "shaped_over_along")
 RISING = ("log_radial", "log_theorem", "log_weighted", "log_shaped", "log_along")
-BASE = FEATURES.index("log_along")
+BASE, THEOREM = FEATURES.index("log_along"), FEATURES.index("log_theorem")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,13 @@ def scores(rows: Sequence[Row], predicted: np.ndarray) -> dict[str, dict[str, fl
     return found
 
 
-def to_forest(fitted: Any, variant: Variant, x: np.ndarray, width: tuple[float, float]) -> Forest:
+def to_forest(
+    fitted: Any,
+    variant: Variant,
+    x: np.ndarray,
+    width: tuple[float, float],
+    rival: tuple[float, float, float] = (0.0, -FAR, FAR),
+) -> Forest:
     """A fitted forest as arrays. Thresholds become the float32 below: for float32 inputs that asks the same."""
     columns = np.array(variant.columns)
     parts: dict[str, list[np.ndarray]] = {key: [] for key in ("feature", "threshold", "left", "right", "value")}
@@ -154,6 +163,7 @@ def to_forest(fitted: Any, variant: Variant, x: np.ndarray, width: tuple[float, 
     arrays |= {"start": np.array(start, dtype=np.int32), "low": low.astype(np.float32), "high": high.astype(np.float32)}
     arrays["base"] = np.array(BASE if variant.target == "ratio" else -1, dtype=np.int32)
     arrays["width"] = np.array(width, dtype=np.float32)
+    arrays["rival"] = np.array(rival, dtype=np.float32)
     return Forest(FEATURES, arrays)
 
 
@@ -169,6 +179,55 @@ def interval_width(rows: Sequence[Row], variant: Variant) -> tuple[float, float]
         miss[test] = np.abs(forest.predict(x)[1] - logarithm(delta))
     floor = float(np.median(spread))
     return float(np.quantile(miss / (spread + floor), COVERAGE)), floor
+
+
+def theorem_range(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Half the conformal interval of the linearity theorem, and the range of what it said. It needs no fit, so all rows
+    are left out; but those after GPTQ, of which it knows nothing."""
+    x, delta = matrix(plain(rows))
+    said = x[:, THEOREM].astype(float)
+    miss = np.abs(said - logarithm(delta))
+    return float(np.quantile(miss, COVERAGE)), float(said.min()), float(said.max())
+
+
+def plain(rows: Sequence[Row]) -> list[Row]:
+    return [r for r in rows if not r["format"].endswith("+gptq")]
+
+
+def without_gradients(row: Row) -> Row:
+    """The row as ``forecast_plan`` would have it: the trace read off the profile, not by Hutchinson's estimator."""
+    f, profile = dict(row["features"]), row["profile"]
+    trace = max(profile[row["radii"].index(TRACE_RADIUS)] / TRACE_RADIUS**2, LEAST_TRACE)
+    gain, first = math.exp(f["log_gptq_gain"]), 0.0 if f["gptq"] else f["slope_nats"]
+    found = {"along": row["curvature_along_nats"], "shaped": row["diagonal_nats"] - f["slope_nats"]}
+    rises = {}
+    for name, second in found.items():
+        length = math.sqrt(max(second * gain / trace, 0.0))
+        rises[f"{name}_nats"] = read_profile(row["radii"], profile, length) + first
+        f[f"log_{name}"] = log_rise(rises[f"{name}_nats"])
+    f["radial_over_along"] = f["log_radial"] - f["log_along"]
+    f["shaped_over_along"] = f["log_shaped"] - f["log_along"]
+    return {**row, **rises, "features": {**f, "log_trace": math.log(trace)}}
+
+
+def certainty(rows: Sequence[Row], forest: Forest) -> Row:
+    """The predictor and the theorem on rows without GPTQ: shares that lie in the intervals, medians of the factor up to
+    their ends, how often the predictor's is the narrower one, and the share in the narrower."""
+    rows = [without_gradients(r) for r in plain(rows)]
+    x, delta = matrix(rows)
+    y = logarithm(delta)
+    low, _, high, _ = forest.predict(x)
+    ends = np.array([forest.of_rival(float(v))[:2] for v in x[:, THEOREM]])
+    ours, theirs = (low <= y) & (y <= high), (ends[:, 0] <= y) & (y <= ends[:, 1])
+    half, rival = (high - low) / 2, (ends[:, 1] - ends[:, 0]) / 2
+    narrower = half <= rival
+    return {
+        "rows": len(rows),
+        "predictor": {"covered": float(ours.mean()), "factor": float(np.exp(np.median(half)))},
+        "theorem": {"covered": float(theirs.mean()), "factor": float(np.exp(np.median(rival)))},
+        "predictor_narrower": float(narrower.mean()),
+        "covered": float(np.where(narrower, ours, theirs).mean()),
+    }
 
 
 def covered(rows: Sequence[Row], forest: Forest) -> float:
@@ -191,6 +250,8 @@ def fit_all(source: Path, out: Path, predictor: Path) -> None:
 
     for name, key in CLOSED.items():
         record(name, "closed", *(np.array([r[key] for r in part]) for part in (rows, held)))
+    said = (np.array([without_gradients(r)["along_nats"] for r in part]) for part in (rows, held))
+    record("the last, the trace read off the profile", "closed", *said)
     for variant in VARIANTS:
 
         def run(train: Sequence[Row], test: Sequence[Row], variant: Variant = variant) -> np.ndarray:
@@ -204,7 +265,16 @@ def fit_all(source: Path, out: Path, predictor: Path) -> None:
     variant = able[min(near, key=lambda name: (len(able[name].features), errors[name]))]
     x, delta = matrix(rows)
     width = interval_width(rows, variant)
-    forest = to_forest(variant.fit(x, delta), variant, x, width)
+    rival = theorem_range(rows)
+    forest = to_forest(variant.fit(x, delta), variant, x, width, rival)
+
+    def apart(family: str) -> Forest:
+        x, delta = matrix([r for r in rows if r["family"] != family])
+        return to_forest(variant.fit(x, delta), variant, x, width, rival)
+
+    families = list(dict.fromkeys(r["family"] for r in rows))
+    sure = {f: certainty([r for r in rows if r["family"] == f], apart(f)) for f in families}
+    sure |= {n: certainty([r for r in held if r["model"] == n], forest) for n in _models(held)}
     write_forest(predictor, forest)
     names = sorted({r["model"] for r in rows})
     summary = {
@@ -215,6 +285,8 @@ def fit_all(source: Path, out: Path, predictor: Path) -> None:
         "models": names,
         "rows": len(rows),
         "width": width,
+        "theorem": rival,
+        "certainty": sure,
         "covered_held_out": {n: covered([r for r in held if r["model"] == n], forest) for n in _models(held)},
         "held_out_models": {
             n: scores(part := [r for r in held if r["model"] == n], _said(forest, part)) for n in _models(held)
@@ -224,7 +296,7 @@ def fit_all(source: Path, out: Path, predictor: Path) -> None:
                 part := [r for r in rows if r["family"] == f],
                 variant.predict(variant.fit(*matrix([r for r in rows if r["family"] != f])), matrix(part)[0]),
             )
-            for f in dict.fromkeys(r["family"] for r in rows)
+            for f in families
         },
     }
     found.append(summary)

@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/planning.md, from bench/results/plan.jsonl."""
+"""The tables and the picture of docs/planning.md, from bench/results/{plan,foreseen,plan_along}.jsonl."""
 
 from __future__ import annotations
 
@@ -172,6 +172,98 @@ def fidelity_table(data: list[Row]) -> str:
 
 def own_prediction(row: Row) -> float | None:
     return next((p for fit, p in row["predicted"].items() if domain(fit) == domain(row["text"])), None)
+
+
+def foreseen_table(data: list[Row]) -> str:
+    """Forecasts of plans beside what came."""
+    lines = [
+        "Rise of NLL in nats per token: measured on the windows of the calibration text that the forecast is made on",
+        "and, with its standard error, on the evaluation text of the domain; what predictor and theorem say, with",
+        "their 90 % intervals. Bold: the one that is used.",
+        "",
+        "| model, text | target | measured | on unseen text | predictor | theorem |",
+        "|---|---|---|---|---|---|",
+    ]
+    inside: dict[str, list[bool]] = {"used": [], "predictor": [], "theorem": []}
+    unseen: list[bool] = []
+    miss: dict[str, list[tuple[float, float]]] = {"predictor": [], "theorem": []}
+    for r in data:
+        f, rise, other = r["forecast"], r["same"]["delta_nll_nats"], r["unseen"]
+        cells = []
+        for name in ("predictor", "theorem"):
+            v = f[name]
+            cells.append(shown := f"{v['rise_nats']:.4f} ({v['low_nats']:.4f} to {v['high_nats']:.4f})")
+            cells[-1] = (f"**{shown}**" if f["used"] == name else shown) + (" beyond the fit" if v["outside"] else "")
+            inside[name].append(v["low_nats"] <= rise <= v["high_nats"])
+            if rise < 1:
+                miss[name].append((abs(v["rise_nats"] - rise), abs(v["rise_nats"] - other["delta_nll_nats"])))
+        used = f[f["used"]]
+        inside["used"].append(inside[f["used"]][-1])
+        unseen.append(used["low_nats"] <= other["delta_nll_nats"] <= used["high_nats"])
+        lines.append(
+            f"| {r['model']}, {domain(r['text'])} | {r['target']:g} | {rise:.4f} | "
+            f"{other['delta_nll_nats']:.4f} +/- {other['delta_nll_stderr']:.4f} | {cells[0]} | {cells[1]} |"
+        )
+    share = {name: f"{sum(found)} of {len(found)}" for name, found in inside.items()}
+    mean = {
+        name: " and ".join(f"{sum(part) / len(part):.4f}" for part in zip(*found, strict=True))
+        for name, found in miss.items()
+    }
+    cost = " and ".join(f"{min(v)} to {max(v)} {what}" for what, v in (
+        ("runs", [r["forecast"]["runs"] for r in data]), ("CPU seconds", [round(r["seconds"]) for r in data]),
+    ))  # fmt: skip
+    lines += [
+        "",
+        f"In the interval of the predictor: {share['predictor']}; of the theorem: {share['theorem']}; of the one that",
+        f"is used: {share['used']}, and of the rises on unseen text {sum(unseen)}. Mean absolute error of rises under",
+        f"a nat, on this text and on unseen one: predictor {mean['predictor']}, theorem {mean['theorem']}. A forecast",
+        f"took {cost}. {source(data[0])}.",
+    ]
+    return "\n".join(lines)
+
+
+def along_table(data: list[Row]) -> str:
+    """Plans by other sensitivities over plans by gradients."""
+    plans, ways = [r for r in data if "way" in r], ("error, KLD", "error, loss")
+    lines = [
+        "KLD of a plan over that of the plan by gradients, both fitted on the same text, means over several roundings",
+        "of the same weights; in parentheses the standard error of the KLD over windows, as a share.",
+        "",
+        "| model, measured on | fitted on | target | roundings | gradients: KLD | " + " | ".join(ways) + " |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    logs: dict[str, list[float]] = {way: [] for way in ways}
+    for base in (r for r in plans if r["way"] == "gradients"):
+        cells = []
+        for way in ways:
+            key = (base["model"], base["text"], base["fit"], base["target"], way)
+            other = next(r for r in plans if (r["model"], r["text"], r["fit"], r["target"], r["way"]) == key)
+            ratio = other["kld_nats"] / base["kld_nats"]
+            logs[way].append(math.log(ratio))
+            cells.append(f"{ratio:.2f}")
+        lines.append(
+            f"| {base['model']}, {domain(base['text'])} | {domain(base['fit'])} | {base['target']:g} | "
+            f"{base['roundings']} | {base['kld_nats']:.4f} ({base['kld_stderr'] / base['kld_nats']:.0%}) | "
+            + " | ".join(cells)
+            + " |"
+        )
+    means = []
+    for way, found in logs.items():
+        mean = sum(found) / len(found)
+        error = math.sqrt(sum((v - mean) ** 2 for v in found) / max(1, len(found) - 1) / len(found))
+        means.append(f"{way} {math.exp(mean):.3f} +/- {error:.3f}")
+    seconds = {
+        way: [r["seconds"] for r in data if r["format"] == f"sensitivity by {way}"] for way in ("gradients", ways[0])
+    }
+    spent = [f"{min(v):.1f} to {max(v):.1f}" for v in seconds.values()]
+    commands = ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in data))
+    machine = source(data[0]).rsplit("; ", 1)[0]
+    lines += [
+        "",
+        f"Geometric mean of the {len(logs[ways[0]])} ratios: {'; '.join(means)}.",
+        f"CPU seconds of a fit: {spent[0]} by gradients, {spent[1]} by errors. {machine}; {commands}.",
+    ]
+    return "\n".join(lines)
 
 
 def plot_planned(data: list[Row], path: Path) -> None:

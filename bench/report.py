@@ -22,7 +22,7 @@ from faults_table import faults_table
 from laws import laws_blocks
 from method import cost_table, fit_table, trellis_table, tried_tables
 from performance import performance_page, readme_performance
-from planned import fidelity_table, sensitivity_table, targets_table, ways_table
+from planned import along_table, fidelity_table, foreseen_table, sensitivity_table, targets_table, ways_table
 from quantizing import quantizing_section
 from rows import Row, in_panel, ours, panels, source
 
@@ -401,6 +401,11 @@ def main() -> None:
             ("fidelity", fidelity_table),
         ):
             text = replace(text, name, made(planned))
+        for name, file, table in (
+            ("foreseen", "foreseen.jsonl", foreseen_table), ("along", "plan_along.jsonl", along_table)
+        ):  # fmt: skip
+            if found := rows(file):
+                text = replace(text, name, table(found))
         wanted[page] = text
     laws, law_fits = rows("scaling_laws.jsonl"), rows("scaling_fit.jsonl")
     if laws and law_fits:

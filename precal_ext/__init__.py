@@ -26,6 +26,7 @@ from precal_ext.inplace import dequantize_model, quantize_model
 from precal_ext.integrations.transformers import register_when_imported
 from precal_ext.linear import PrecalLinear, set_activations
 from precal_ext.model import load_quantized, save_quantized
+from precal_ext.outlook import forecast_plan
 from precal_ext.planner import Candidates, plan_bits
 from precal_ext.qtensor import QTensor, WeightSpec
 from precal_ext.report import Report
@@ -52,6 +53,7 @@ __all__ = [
     "compensate_model",
     "dequantize_model",
     "export_checkpoint",
+    "forecast_plan",
     "import_checkpoint",
     "load_quantized",
     "plan_bits",

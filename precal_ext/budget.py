@@ -21,6 +21,7 @@ from precal_ext._version import __version__
 from precal_ext.checkpoint import MAX_SHARD_BYTES, CheckpointError, TensorInfo, read_config, read_index
 from precal_ext.config import MODULE_FIELDS, QuantizeConfig
 from precal_ext.distortion import Setting, planned_sets, weights_of
+from precal_ext.forecast import Figure, Forecast
 from precal_ext.headers import read_object
 from precal_ext.measure import sqnr_db
 from precal_ext.plan import Job, Plan, plan_quantization
@@ -109,6 +110,7 @@ class BitPlan:
         tensor_parallel: slices that every choice can be cut into.
         request: what was asked for, to know the same question again: text, candidates, limits.
         estimate: bytes of the files, bytes of memory, seconds of ``quantize``, when the plan was made.
+        forecast: of the loss, by ``outlook.forecast_plan``; a file whose choices were edited since has none.
     """
 
     model: str
@@ -120,6 +122,7 @@ class BitPlan:
     sets: tuple[PlannedSet, ...]
     estimate: Mapping[str, float] = field(default_factory=dict, compare=False)
     source: str = field(default="plan.json", compare=False)
+    forecast: Forecast | None = field(default=None, compare=False)
 
     # ---- what it means ----
 
@@ -173,8 +176,9 @@ class BitPlan:
         }
 
     def record(self) -> dict[str, Any]:
-        """What an unfinished run and a report remember of it; without the estimate, which is of a machine."""
-        document = {**self.to_dict(), "totals": {}}
+        """What an unfinished run and a report remember of it; without the estimate, which is of a machine, and the
+        forecast, which may depend on it in a last digit."""
+        document = {**dataclasses.replace(self, forecast=None).to_dict(), "totals": {}}
         digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
         return {"digest": digest, "document": document, "summary": self.summary()}
 
@@ -225,6 +229,8 @@ class BitPlan:
         settings = self.settings.to_dict()
         for name in ("overrides", "bits", "group_size", "c"):
             del settings[name]
+        known = self.forecast
+        foreseen = {} if known is None else {"forecast": {**known.to_dict(), "choices": self._choices()}}
         return {
             "plan_version": PLAN_VERSION,
             "precal_version": __version__,
@@ -235,8 +241,14 @@ class BitPlan:
             "request": dict(self.request),
             "settings": settings,
             "totals": totals,
+            **foreseen,
             "sets": [s.to_dict() for s in self.sets],
         }
+
+    def _choices(self) -> str:
+        """A digest of what a forecast is of."""
+        chosen = [self.settings.to_dict(), sorted((s.name, str(s.choice), s.sensitivity) for s in self.sets)]
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """A line per alternative, so that there is something to read and to edit."""
@@ -312,6 +324,11 @@ class BitPlan:
         text = plan.request.get("text")
         if text is not None and not (isinstance(text, dict) and isinstance(text.get("name"), str)):
             refuse(source, "request text", "an object with a name, or null", text)
+        if "forecast" in data:  # plans of earlier versions, and those without a text, have none
+            foreseen = get("forecast", dict, "an object")
+            known, choices = _read_forecast(source, foreseen)
+            if choices == plan._choices():
+                plan = dataclasses.replace(plan, forecast=known)
         get.no_more()
         return plan
 
@@ -454,3 +471,30 @@ def _read_set(source: str, i: int, data: Any, config: QuantizeConfig) -> Planned
     get.skip("bits_per_weight", "sqnr_db", "loss")
     get.no_more()
     return found
+
+
+def _read_forecast(source: str, data: Mapping[str, Any]) -> tuple[Forecast, str]:
+    """And the digest of the choices that it is of."""
+    get = _Reader(source, "forecast", data)
+
+    def read(name: str) -> Figure:
+        figure = _Reader(source, f"forecast {name}", get(name, dict, "an object"))
+        rise, low, high = (
+            float(figure(f"{k}_nats", float, "a number >= 0", lambda v: v >= 0)) for k in ("rise", "low", "high")
+        )
+        outside = figure("outside", list, "a list of names", lambda v: all(isinstance(n, str) for n in v))
+        figure.no_more()
+        return Figure(rise, low, high, tuple(outside))
+
+    found = Forecast(
+        get("text", str, "the name of a file"),
+        get("tokens", int, "an integer >= 1", lambda v: v >= 1),
+        float(get("nll_nats", float, "a number >= 0", lambda v: v >= 0)),
+        get("runs", int, "an integer >= 1", lambda v: v >= 1),
+        get("used", str, "predictor or theorem", lambda v: v in ("predictor", "theorem")),
+        read("predictor"),
+        read("theorem"),
+    )
+    choices = get("choices", str, "64 hexadecimal digits", lambda v: re.fullmatch("[0-9a-f]{64}", v) is not None)
+    get.no_more()
+    return found, choices

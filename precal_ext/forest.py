@@ -11,6 +11,7 @@ npz file, nothing pickled:
     low high   float32 [F]    range of every feature where it was fitted, 1e30 on both sides of one that it does not see
     base       int32 []       column that is added to the mean of the trees, or -1
     width      float32 [2]    half an interval is width[0] * (spread of the trees + width[1])
+    rival      float32 [3]    a closed form that predicts by itself: half its interval, and its range where fitted
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _DTYPES = {
     "high": np.float32,
     "base": np.int32,
     "width": np.float32,
+    "rival": np.float32,
 }
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -80,13 +82,24 @@ class Forest:
         trees = self.trees(x)
         base = int(self.arrays["base"])
         middle = trees.mean(0) + (x[:, base] if base >= 0 else 0.0)
-        low, high = (self.arrays[key].astype(np.float64) for key in ("low", "high"))
-        beyond = np.maximum(np.maximum(low - x, x - high), 0.0)
-        outside = beyond > 1e-5 * np.maximum(np.abs(low), np.abs(high)) + 1e-9
-        away = np.where(outside, 0.5 * (1.0 + beyond / np.maximum(high - low, 1e-9)), 0.0)
+        away = _away(x, *(self.arrays[key].astype(np.float64) for key in ("low", "high")))
         factor, floor = self.arrays["width"].astype(np.float64)
         half = factor * (trees.std(0) + floor) * (1.0 + away.sum(1))
-        return middle - half, middle, middle + half, outside
+        return middle - half, middle, middle + half, away > 0
+
+    def of_rival(self, x: float) -> tuple[float, float, bool]:
+        """Low and high end of the interval of the closed form where it says ``x``, and whether that lies outside."""
+        half, low, high = self.arrays["rival"].astype(np.float64)
+        away = float(_away(np.float64(x), low, high))
+        half = float(half) * (1.0 + away)
+        return x - half, x + half, away > 0
+
+
+def _away(x: Any, low: Any, high: Any) -> Floats:
+    """By what an interval grows: 0 in the range, half and half of every width of the range outside."""
+    beyond = np.maximum(np.maximum(low - x, x - high), 0.0)
+    outside = beyond > 1e-5 * np.maximum(np.abs(low), np.abs(high)) + 1e-9
+    return np.where(outside, 0.5 * (1.0 + beyond / np.maximum(high - low, 1e-9)), 0.0)
 
 
 def _check(names: tuple[str, ...], a: dict[str, Array]) -> None:
@@ -99,7 +112,7 @@ def _check(names: tuple[str, ...], a: dict[str, Array]) -> None:
         if np.dtype(dtype).kind == "f" and not np.isfinite(a[key]).all():
             raise refuse(f"{key} must be finite, got NaN or infinity")
     features, start, nodes = len(names), a["start"], len(a["feature"]) if a["feature"].ndim == 1 else -1
-    shapes = {"low": (features,), "high": (features,), "base": (), "width": (2,)}
+    shapes = {"low": (features,), "high": (features,), "base": (), "width": (2,), "rival": (3,)}
     shapes |= {key: (nodes,) for key in ("feature", "threshold", "left", "right", "value")}
     for key, shape in shapes.items():
         if a[key].shape != shape:

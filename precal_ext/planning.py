@@ -31,6 +31,7 @@ def add_command(command: Command, settings: Callable[[Any], None], config: Calla
     p.add_argument("model", metavar="MODEL", help="directory with config.json and safetensors, or a hub name")
     p.add_argument("--out", metavar="FILE", help="write the plan here; it can be read, edited and applied")
     _choosing(p, required=True)
+    p.add_argument("--no-forecast", action="store_true", help="do not predict the loss, which takes some 30 runs more")
     settings(p)
     p.add_argument("--tp", type=positive, default=1, metavar="N", help="every weight can be cut into N slices")
     p.add_argument("--quiet", action="store_true", help="no progress")
@@ -122,7 +123,7 @@ def _shown(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
             return
         printed = now
         left = f", {(now - started) * (total - done) / (done - 1):.0f} s left" if done > 1 else ""
-        unit = {"measured": "fusion sets", "fitted": "parts of the text"}[what]
+        unit = {"measured": "fusion sets", "fitted": "parts of the text", "forecast": "runs over the text"}[what]
         print(f"plan: {what} {done}/{total} {unit}{left}", file=sys.stderr, flush=True)
 
     yield None if quiet else show
@@ -130,9 +131,18 @@ def _shown(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
 
 def _plan(args: argparse.Namespace, config: Callable[[argparse.Namespace], Any]) -> int:
     settings = config(args)
-    made = _make(args, resolve_model(args.model), settings, None)
-    if args.out is not None:
+    model = resolve_model(args.model)
+    made = _make(args, model, settings, None)
+    if args.out is not None:  # what comes takes longer
         made.save(args.out)
+    if made.with_text and not args.no_forecast:
+        from precal_ext.outlook import forecast_plan
+        from precal_ext.planner import WINDOWS
+
+        with _shown(args.quiet) as progress:
+            made = forecast_plan(model, made, text=args.text, windows=args.windows or WINDOWS, progress=progress)
+        if args.out is not None:
+            made.save(args.out)
     if args.json:
         print(json.dumps(made.to_dict()))
         return EXIT_OK
@@ -172,4 +182,5 @@ def lines(plan: Any) -> list[str]:
         f"memory at most {e['memory_bytes'] / 1e6:.0f} MB, time about {max(1, round(e['seconds']))} s"
     )
     unit = "nats per token of KLD" if plan.with_text else "relative squared error, all weights counting the same"
-    return [*table, size, f"predicted: {loss:.4g} {unit}"]
+    foreseen = [] if plan.forecast is None else plan.forecast.lines()
+    return [*table, size, f"predicted: {loss:.4g} {unit}", *foreseen]

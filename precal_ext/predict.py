@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from precal_ext.mx import MXFormat
 
 PREDICTOR = Path(__file__).with_name("predictor.npz")
 LEAST = 1e-3  # nats: the predictor works with log(rise + LEAST), so that rises far below it are all alike
+LEAST_TRACE = 1e-3  # nats: what is below is no bowl
 FEATURES = (
     "log10_parameters",
     "nll_nats",
@@ -98,52 +99,108 @@ class Surroundings:
         return rise
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What features are made of.
+
+    Args:
+        bits, log2_group, power_of_two_scales, gptq: of the format; means over the weights where they have several.
+        t2: relative squared error of the whole model.  theorem: sum a_l t_l^2, and all_sensitivities the sum of a_l.
+        gain: what GPTQ leaves of the squared error of outputs, 1 without it.
+        slope, curvature, diagonal: <gradient, d>, d'Hd / 2 and d'diag(H)d / 2 of the error d, nats.
+        trace: second-order rise of noise of length t = 1 in every module, nats.
+    """
+
+    parameters: int
+    nll_nats: float
+    bits: float
+    log2_group: float
+    power_of_two_scales: bool
+    gptq: bool
+    sqnr_mean_db: float
+    sqnr_min_db: float
+    t2: float
+    theorem: float
+    all_sensitivities: float
+    gain: float
+    slope: float
+    curvature: float
+    diagonal: float
+    trace: float
+    shrinkage: float
+
+
 def features_of(
     around: Surroundings, fmt: Format, weights: ls.Direction, curvature: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """FEATURES of a model in a format.
+    """``features_from`` a model in a format.
 
     Args:
         weights: W' of every module; of a format with ``+gptq``, by round-to-nearest.
         curvature: ``landscape.curvature_along`` their error.
-    Returns:
-        The features by name, and the rises in nats that closed forms expect: ``radial_nats``, the radial profile at the
-        length of the error; ``theorem_nats``, sum a_l t_l^2; ``weighted_nats``, ``shaped_nats`` and ``along_nats``, the
-        profile where random noise does as much to second order as this error, by the a_l, by the Hessian's diagonal,
-        or by the curvature along it, GPTQ's gain included; ``diagonal_nats``, slope and diagonal alone.
     """
     sites, error = around.sites, ls.error_of(around.sites, weights)
     mean_db, least_db = ls.sqnr_figures(sites, error)
     plain, gained = ls.set_errors(sites, error), ls.set_errors(sites, error, around.gains if fmt.gptq else None)
     a = around.sensitivities
     theorem, weighted = (sum(a[s] * t2 for s, t2 in found.items()) for found in (plain, gained))
-    gain = weighted / theorem if theorem > 0 and weighted > 0 else 1.0
-    slope = ls.slope(around.gradient, error)
-    second = sum(ls.diagonal_rises(around.diagonal, error).values())
-    first = 0.0 if fmt.gptq else slope  # GPTQ's error is another one
-    trace = max(around.trace_rise(), 1e-3)  # what is below is no bowl
+    measured = Measured(
+        parameters=around.parameters,
+        nll_nats=around.nll_nats,
+        bits=float(fmt.bits),
+        log2_group=math.log2(max(fmt.group, 1)),
+        power_of_two_scales=isinstance(fmt.how, MXFormat),
+        gptq=fmt.gptq,
+        sqnr_mean_db=mean_db,
+        sqnr_min_db=least_db,
+        t2=ls.relative_error(sites, error),
+        theorem=theorem,
+        all_sensitivities=sum(a.values()),
+        gain=weighted / theorem if theorem > 0 and weighted > 0 else 1.0,
+        slope=ls.slope(around.gradient, error),
+        curvature=curvature,
+        diagonal=sum(ls.diagonal_rises(around.diagonal, error).values()),
+        trace=around.trace_rise(),
+        shrinkage=ls.shrinkage(sites, error),
+    )
+    return features_from(measured, lambda t: ls.read_profile(ls.RADII, around.profile, t))
 
-    def profile(squared_length: float) -> float:
-        return ls.read_profile(ls.RADII, around.profile, math.sqrt(max(squared_length, 0.0)))
+
+def features_from(m: Measured, profile: Callable[[float], float]) -> tuple[dict[str, float], dict[str, float]]:
+    """FEATURES of a model in a format.
+
+    Args:
+        profile: the rise at a length t, as ``landscape.read_profile`` reads it.
+    Returns:
+        The features by name, and the rises in nats that closed forms expect: ``radial_nats``, the radial profile at the
+        length of the error; ``theorem_nats``, sum a_l t_l^2; ``weighted_nats``, ``shaped_nats`` and ``along_nats``, the
+        profile where random noise does as much to second order as this error, by the a_l, by the Hessian's diagonal,
+        or by the curvature along it, GPTQ's gain included; ``diagonal_nats``, slope and diagonal alone.
+    """
+    first = 0.0 if m.gptq else m.slope  # GPTQ's error is another one
+    trace = max(m.trace, LEAST_TRACE)
+
+    def at(squared_length: float) -> float:
+        return profile(math.sqrt(max(squared_length, 0.0)))
 
     found = {
-        "radial_nats": profile(ls.relative_error(sites, error)),
-        "theorem_nats": theorem,
-        "weighted_nats": profile(weighted / max(sum(a.values()), 1e-12)),
-        "shaped_nats": profile(second * gain / trace) + first,
-        "along_nats": profile(curvature * gain / trace) + first,
-        "diagonal_nats": slope + second,
+        "radial_nats": at(m.t2),
+        "theorem_nats": m.theorem,
+        "weighted_nats": at(m.theorem * m.gain / max(m.all_sensitivities, 1e-12)),
+        "shaped_nats": at(m.diagonal * m.gain / trace) + first,
+        "along_nats": at(m.curvature * m.gain / trace) + first,
+        "diagonal_nats": m.slope + m.diagonal,
     }
     log = {name: log_rise(value) for name, value in found.items()}
     features = {
-        "log10_parameters": math.log10(around.parameters),
-        "nll_nats": around.nll_nats,
-        "bits": float(fmt.bits),
-        "log2_group": math.log2(max(fmt.group, 1)),
-        "power_of_two_scales": float(isinstance(fmt.how, MXFormat)),
-        "gptq": float(fmt.gptq),
-        "sqnr_mean_db": min(mean_db, 200.0),
-        "sqnr_min_db": min(least_db, 200.0),
+        "log10_parameters": math.log10(m.parameters),
+        "nll_nats": m.nll_nats,
+        "bits": m.bits,
+        "log2_group": m.log2_group,
+        "power_of_two_scales": float(m.power_of_two_scales),
+        "gptq": float(m.gptq),
+        "sqnr_mean_db": min(m.sqnr_mean_db, 200.0),
+        "sqnr_min_db": min(m.sqnr_min_db, 200.0),
         "log_radial": log["radial_nats"],
         "log_theorem": log["theorem_nats"],
         "log_weighted": log["weighted_nats"],
@@ -152,10 +209,10 @@ def features_of(
         "radial_over_along": log["radial_nats"] - log["along_nats"],
         "shaped_over_along": log["shaped_nats"] - log["along_nats"],
         "log_diagonal": log["diagonal_nats"],
-        "slope_nats": slope,
+        "slope_nats": m.slope,
         "log_trace": math.log(trace),
-        "shrinkage": ls.shrinkage(sites, error),
-        "log_gptq_gain": math.log(gain),
+        "shrinkage": m.shrinkage,
+        "log_gptq_gain": math.log(m.gain),
     }
     return {name: features[name] for name in FEATURES}, found
 

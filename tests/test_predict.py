@@ -335,6 +335,7 @@ def small_forest(**changed: Any) -> Forest:
         "high": np.array([1, 1], dtype=np.float32),
         "base": np.array(-1, dtype=np.int32),
         "width": np.array([2, 0.1], dtype=np.float32),
+        "rival": np.array([0.5, -2, 2], dtype=np.float32),
     }
     return Forest(("a", "b"), {**arrays, **changed})
 
@@ -348,6 +349,12 @@ def test_what_lies_outside_widens_the_interval() -> None:
     expected = [half, half, half * (1 + 0.5 * 1.5), half * (1 + 0.5 * 5 + 0.5 * 9)]
     assert (high - middle).tolist() == pytest.approx(expected)
     assert (middle - low).tolist() == pytest.approx(expected)
+
+
+def test_the_rivals_interval_grows_outside_its_range_too() -> None:
+    forest = small_forest()
+    assert forest.of_rival(1.5) == (1.0, 2.0, False)
+    assert forest.of_rival(4.0) == (4 - 0.875, 4 + 0.875, True)
 
 
 @pytest.mark.parametrize(
