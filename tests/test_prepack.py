@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import reference
@@ -194,3 +195,20 @@ def test_group_size_0_is_an_error_and_not_a_crash(code: str) -> None:
     script = f"import torch\nfrom precal_ext import _C, ops\n{code}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Error" in done.stderr, f"exit status {done.returncode}: {done.stderr[-500:]}"
+
+
+def test_a_large_weight_asks_for_huge_pages() -> None:
+    """Linux says which mappings were advised (hg), whether or not it has such pages."""
+    maps = Path("/proc/self/smaps")
+    if not maps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("needs Linux with transparent huge pages")
+    prepacked = ops.prepack(*shapes.random_weight(0, 2048, 8192, 4, 64, c=1))
+    middle, inside = prepacked.data_ptr() + prepacked.numel() // 2, False
+    for line in maps.read_text().splitlines():
+        mapping = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if mapping:
+            inside = int(mapping[1], 16) <= middle < int(mapping[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    pytest.skip("smaps has no VmFlags")

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/aligned_buffer.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "cpu/interleave.h"
 #include "cpu/ops.h"
@@ -167,6 +168,7 @@ Status Prepack::run(const TensorView* out) const {
   const TileLayout t = format::tile_layout(f);
   const PrepackedHeader header = make_header(f);
   uint8_t* data = out[0].as<uint8_t>();
+  advise_huge_pages(data, t.total_bytes);
   std::memset(data, 0, size_t(format::kPrepackedTilesOffset));
   std::memcpy(data, &header, sizeof(header));
   if (f.grid_size > 0) std::memcpy(data + format::kPrepackedGridOffset, weight.grid.data, size_t(f.grid_size));
