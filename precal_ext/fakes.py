@@ -135,6 +135,19 @@ def _(w: Tensor, salient: Tensor, bits: int, group_size: int) -> tuple[Tensor, .
     )
 
 
+@_fake("quantize_salient")
+def _(w: Tensor, lam: Tensor, bits: int, group_size: int, scope: str = "tensor") -> tuple[Tensor, ...]:
+    N, K = w.shape
+    G = _ceil_div(K, group_size)
+    return (
+        w.new_empty([N, _words(K, bits)], dtype=torch.int32),
+        w.new_empty([N, G], dtype=torch.float16),
+        w.new_empty([N], dtype=torch.bfloat16),
+        w.new_empty([N, G], dtype=torch.float16),
+        w.new_empty([N, _ceil_div(K, 8)], dtype=torch.uint8),
+    )
+
+
 @_fake("pack")
 def _(codes: Tensor, bits: int) -> Tensor:
     return codes.new_empty([codes.shape[0], _words(codes.shape[1], bits)], dtype=torch.int32)

@@ -264,6 +264,21 @@ def quantize_split(
 
 
 @_contract
+def quantize_salient(
+    w: Tensor, lam: Tensor, bits: int, group_size: int, scope: str = "tensor"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``salience_mask``, ``quantize_split`` and ``pack`` in one: the same bits, and on a CPU one look at the weights.
+
+    Args:
+        w: [N, K] float32, float16 or bfloat16, finite, at most 2**126.  bits: 2 to 8.
+        lam: float64, as ``salience_threshold`` returns it for the same ``scope`` and ``group_size``, not normalized.
+    Returns:
+        packed int32 [N, ceil(K * bits / 32)]; scale, row_scale, outlier_scale and outlier_mask as ``quantize_split``.
+    """
+    return torch.ops.precal.quantize_salient(w, lam, bits, group_size, scope)
+
+
+@_contract
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes to one little-endian bit stream per row.
 

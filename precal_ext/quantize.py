@@ -113,10 +113,17 @@ def quantize_weight(w: Tensor, config: QuantizeConfig, grid: Tensor | None) -> Q
     """
     spec = WeightSpec.from_config(int(w.shape[0]), int(w.shape[1]), config)
     tensors: dict[str, Tensor] = {}
-    if spec.split:
+    if spec.split and config.normalize == "none":
+        lam = ops.salience_threshold(w, config.alpha, config.scope, spec.group_size)
+        packed, scale, row_scale, other_scale, mask_bytes = ops.quantize_salient(
+            w, lam, spec.bits, spec.group_size, config.scope
+        )
+        tensors = {"weight_outlier_scale": other_scale, "weight_outlier_mask": mask_bytes}
+    elif spec.split:
         mask = salient(w, config.alpha, config.scope, spec.group_size, config.normalize)
         codes, scale, row_scale, other_scale, mask_bytes = ops.quantize_split(w, mask, spec.bits, spec.group_size)
         tensors = {"weight_outlier_scale": other_scale, "weight_outlier_mask": mask_bytes}
+        packed = ops.pack(codes, spec.bits)
     else:
         baseline = config.recipe == "rtn"
         codes, scale, row_scale, index, value = ops.quantize_groups(
@@ -132,7 +139,8 @@ def quantize_weight(w: Tensor, config: QuantizeConfig, grid: Tensor | None) -> Q
         )
         if spec.c:
             tensors = {"weight_outlier_index": index, "weight_outlier_value": value}
-    tensors["weight_packed"] = ops.pack(codes, spec.bits)
+        packed = ops.pack(codes, spec.bits)
+    tensors["weight_packed"] = packed
     tensors["weight_scale"], tensors["weight_row_scale"] = scale, row_scale
     if grid is not None:
         tensors["weight_grid"] = grid

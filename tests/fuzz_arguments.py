@@ -205,6 +205,19 @@ def quantize_split(s: Source) -> Arguments:
     }
 
 
+def quantize_salient(s: Source) -> Arguments:
+    N, K = s.shape()
+    group_size, scope = s.group(K), s.one("tensor", "row", "group")
+    shape = {"tensor": (1,), "row": (N,), "group": (N, ceil_div(K, group_size))}[scope]
+    return {
+        "w": s.weight(N, K),
+        "lam": s.g.random(shape) * s.one(0.0, 0.01, 1.0) if s.chance(0.8) else s.bits_of(np.float64, *shape),
+        "bits": s.one(2, 3, 4, 5, 6, 7, 8),
+        "group_size": group_size,
+        "scope": scope,
+    }
+
+
 def pack(s: Source) -> Arguments:
     bits = s.r.randrange(2, 9)
     return {"codes": s.g.integers(0, 2**bits, s.shape(), dtype=np.uint8), "bits": bits}
@@ -280,7 +293,8 @@ BUILDERS: dict[str, Callable[[Source], Arguments]] = {
     f.__name__: f
     for f in (
         soft_threshold, salience_threshold, salience_mask, histogram, spread_codes, kl_divergence, fit_grid,
-        quantize_groups, quantize_split, pack, unpack, dequantize, prepacked_bytes, words_per_row, set_num_threads,
+        quantize_groups, quantize_split, quantize_salient, pack, unpack, dequantize, prepacked_bytes, words_per_row,
+        set_num_threads,
     )
 }  # fmt: skip
 BUILDERS["prepack"] = dequantize

@@ -248,6 +248,7 @@ def op_examples() -> dict[str, tuple[Any, ...]]:
         "fit_grid": (counts, -128.0, 128.0, grid, 0.1, 2),
         "quantize_groups": (w.bfloat16(), torch.tensor([TRELLIS_4], dtype=torch.int8), 4, 32, 2, 1e-4),
         "quantize_split": (w.half(), w.abs() > 0.05, 3, 32),
+        "quantize_salient": (w.half(), torch.full((17, 10), 0.003, dtype=torch.float64), 3, 32, "group"),
         "pack": (codes, 3),
         "unpack": (weight.packed, 3, 300),
         "dequantize": tuple(weight),

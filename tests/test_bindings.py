@@ -130,6 +130,7 @@ THREADED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "quantize_groups": ("quantize_groups", (W300, None, 4, 50, 1)),
     "quantize_groups with a trellis": ("quantize_groups", (W300, TRELLIS, 4, 50, 1)),
     "quantize_split": ("quantize_split", (W300, W300.abs() > 0.05, 4, 50)),
+    "quantize_salient": ("quantize_salient", (W300, torch.tensor([1e-3], dtype=torch.float64), 4, 50)),
     "pack": ("pack", ((W300 * 100).byte() % 8, 3)),
     "unpack": ("unpack", (W_TRELLIS.packed, 4, 1000)),
     "dequantize": ("dequantize", tuple(W_TRELLIS)),

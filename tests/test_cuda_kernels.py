@@ -316,6 +316,9 @@ def test_quantize_shapes(gpu: emulator.Emulated, N: int, K: int, group_size: int
         check(gpu, "quantize_groups", w, torch.tensor([levels], dtype=torch.int8), bits, group_size, c, 1e-5, seeds=[3])
     check(gpu, "quantize_groups", w, None, 4, group_size, 0, 0.0, "float16", True, 1.0, 1.0, seeds=[1])
     check(gpu, "quantize_split", w, w.abs() > 0.04, 3, group_size, seeds=[2])
+    for scope in ("tensor", "row", "group"):
+        lam = torch.ops.precal.salience_threshold(w, 0.1, scope, group_size)
+        check(gpu, "quantize_salient", w, lam, 3, group_size, scope, seeds=[2])
 
 
 @pytest.mark.parametrize("bits", [2, 5, 6, 7, 8])

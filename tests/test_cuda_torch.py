@@ -118,6 +118,7 @@ def refused_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "all levels zero": ("quantize_groups", (w, plain * 0, 4, 64)),
         "no level above zero": ("quantize_groups", (w, plain.clamp(max=0), 4, 64, 0, 0.0, "e4m3", True)),
         "split": ("quantize_split", (broken(w, torch.inf, (2, 1)).half(), w > 1, 4, 64)),
+        "salient": ("quantize_salient", (broken(w, torch.nan, (2, 1)), lam, 4, 64)),
         "threshold": ("salience_threshold", (broken(w, torch.nan, (5, 5)), 0.05)),
         "threshold of rows": ("salience_threshold", (broken(w, torch.inf, (5, 5)), 0.05, "row", 32, "row")),
         "mask": ("salience_mask", (broken(w, torch.nan, (5, 5)), lam)),

@@ -128,6 +128,10 @@ void every_op() {
     const auto q = split ? check("quantize_split", cpu::QuantizeSplit{W, salient.view, bits, kGroup})
                          : check("quantize_groups",
                                  cpu::QuantizeGroups{W, levels, bits, kGroup, c, 1e-4, "e4m3", false, 0.6, 1.1});
+    if (split) {
+      const auto lam = check("salience_threshold", cpu::SalienceThreshold{W, 0.05, "group", kGroup, "none"});
+      check("quantize_salient", cpu::QuantizeSalient{W, lam[0].view, bits, kGroup, "group"});
+    }
     const auto packed = check("pack", cpu::Pack{q[0].view, bits});
     const auto codes = check("unpack", cpu::Unpack{packed[0].view, bits, kK});
     if (!codes[0].same(q[0])) fail("unpack: other codes than were packed");

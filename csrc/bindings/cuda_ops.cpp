@@ -148,7 +148,8 @@ WeightFormat format_of(const cpu::QuantizeGroups& q) {
   return f;
 }
 
-WeightFormat format_of(const cpu::QuantizeSplit& q) {
+template <typename Op>
+WeightFormat split_format_of(const Op& q) {
   WeightFormat f;
   f.N = q.w.shape[0];
   f.K = q.w.shape[1];
@@ -162,7 +163,7 @@ WeightFormat format_of(const cpu::QuantizeSplit& q) {
 }  // namespace
 
 int64_t QuantizeGroups::workspace_bytes() const { return cuda::quantize_workspace(format_of(*this)); }
-int64_t QuantizeSplit::workspace_bytes() const { return cuda::quantize_workspace(format_of(*this)); }
+int64_t QuantizeSplit::workspace_bytes() const { return cuda::quantize_workspace(split_format_of(*this)); }
 
 Status QuantizeGroups::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
   cuda::QuantizeParams p{};
@@ -183,9 +184,52 @@ Status QuantizeGroups::launch(const TensorView* out, void* workspace, cudaStream
   return cuda::launch_quantize(p, stream);
 }
 
+namespace {
+
+// In the order of the workspace; whole sixteens of bytes each.
+struct SalientScratch {
+  int64_t quantize, codes, mask;
+  explicit SalientScratch(const cpu::QuantizeSalient& q)
+      : quantize(round_up(cuda::quantize_workspace(split_format_of(q)), 16)),
+        codes(round_up(q.w.numel(), 16)),
+        mask(codes) {}
+};
+
+}  // namespace
+
+int64_t QuantizeSalient::workspace_bytes() const {
+  const SalientScratch s(*this);
+  return s.quantize + s.codes + s.mask;
+}
+
+Status QuantizeSalient::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
+  const SalientScratch scratch(*this);
+  const int64_t N = w.shape[0], K = w.shape[1];
+  TensorView salient = w, codes = w;
+  salient.dtype = DType::kBool;
+  codes.dtype = DType::kUInt8;
+  codes.data = static_cast<uint8_t*>(workspace) + scratch.quantize;
+  salient.data = codes.as<uint8_t>() + scratch.codes;
+  cuda::SalienceParams s{};
+  s.w = w.data;
+  s.dtype = w.dtype;
+  s.N = N;
+  s.K = K;
+  s.unit = unit_of(scope, K, group_size);
+  s.lam = lam.as<double>();
+  s.num_lam = lam.numel();
+  s.mask = salient.as<uint8_t>();
+  s.workspace = workspace;
+  PRECAL_RETURN_IF_ERROR(cuda::launch_salience_mask(s, stream));
+  const TensorView parts[] = {codes, out[1], out[2], out[3], out[4]};
+  const QuantizeSplit split{{w, salient, bits, group_size}};
+  PRECAL_RETURN_IF_ERROR(split.launch(parts, workspace, stream));
+  return Pack{{codes, bits}, {}}.launch(out, nullptr, stream);
+}
+
 Status QuantizeSplit::launch(const TensorView* out, void* workspace, cudaStream_t stream) const {
   cuda::QuantizeParams p{};
-  p.format = format_of(*this);
+  p.format = split_format_of(*this);
   p.w = w.data;
   p.dtype = w.dtype;
   p.symmetric = true;

@@ -69,6 +69,13 @@ struct QuantizeSplit : cpu::QuantizeSplit {
   PRECAL_VERIFY;
 };
 
+// Mask and codes pass through the workspace.
+struct QuantizeSalient : cpu::QuantizeSalient {
+  int64_t workspace_bytes() const;
+  Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
+  PRECAL_VERIFY;
+};
+
 struct Pack : cpu::Pack, NoWorkspace {
   Status launch(const TensorView* out, void* workspace, cudaStream_t stream) const;
   PRECAL_VERIFY;

@@ -133,6 +133,13 @@ Status QuantizeSplit::verify(const TensorView* out, uint32_t* flag, cudaStream_t
   return bad ? ask_cpu<Op>("quantize_split", *this, {&Op::w, &Op::salient}, stream) : Status();
 }
 
+Status QuantizeSalient::verify(const TensorView* out, uint32_t* flag, cudaStream_t stream) const {
+  bool bad = false;
+  PRECAL_RETURN_IF_ERROR(find("quantize_salient", {rule(out[2], ValueRule::kNotNan)}, flag, stream, &bad));
+  using Op = cpu::QuantizeSalient;
+  return bad ? ask_cpu<Op>("quantize_salient", *this, {&Op::w, &Op::lam}, stream) : Status();
+}
+
 Status Pack::verify(const TensorView*, uint32_t* flag, cudaStream_t stream) const {
   bool bad = false;
   PRECAL_RETURN_IF_ERROR(find("pack", {rule(codes, ValueRule::kBelow, int64_t(1) << bits)}, flag, stream, &bad));

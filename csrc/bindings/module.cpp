@@ -262,6 +262,14 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("w"), py::arg("salient"), py::arg("bits"), py::arg("group_size"));
   m.def(
+      "quantize_salient",
+      [](const py::object& w, const py::object& lam, int64_t bits, int64_t group_size, const std::string& scope) {
+        const Call call{"quantize_salient"};
+        const Borrowed a = call.tensor("w", w), b = call.tensor("lam", lam);
+        return call.run(cpu::QuantizeSalient{a.view, b.view, bits, group_size, scope});
+      },
+      py::arg("w"), py::arg("lam"), py::arg("bits"), py::arg("group_size"), py::arg("scope") = "tensor");
+  m.def(
       "pack",
       [](const py::object& codes, int64_t bits) {
         const Call call{"pack"};

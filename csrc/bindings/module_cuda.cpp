@@ -243,6 +243,15 @@ PYBIND11_MODULE(PRECAL_CUDA_MODULE, m) {
       },
       py::arg("w"), py::arg("salient"), py::arg("bits"), py::arg("group_size"), PRECAL_ENDING);
   m.def(
+      "quantize_salient",
+      [](const object& w, const object& lam, int64_t bits, int64_t group_size, const std::string& scope,
+         const object& out, const object& workspace, uintptr_t stream) {
+        const Call call{"quantize_salient", stream};
+        const Borrowed a = call.tensor("w", w), b = call.tensor("lam", lam);
+        call.run(gpu::QuantizeSalient{{a.view, b.view, bits, group_size, scope}}, out, workspace);
+      },
+      py::arg("w"), py::arg("lam"), py::arg("bits"), py::arg("group_size"), py::arg("scope") = "tensor", PRECAL_ENDING);
+  m.def(
       "pack",
       [](const object& codes, int64_t bits, const object& out, const object& workspace, uintptr_t stream) {
         const Call call{"pack", stream};

@@ -89,6 +89,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& 
   return run_tuple(call, cpu::QuantizeSplit{call.view("w", w), call.view("salient", salient), bits, group_size}, w);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_salient(const Tensor& w, const Tensor& lam, int64_t bits,
+                                                                    int64_t group_size, std::string scope) {
+  const Call call{"quantize_salient"};
+  return run_tuple(call, cpu::QuantizeSalient{call.view("w", w), call.view("lam", lam), bits, group_size, scope}, w);
+}
+
 Tensor pack(const Tensor& codes, int64_t bits) {
   const Call call{"pack"};
   return call.run(cpu::Pack{call.view("codes", codes), bits}, codes)[0];
@@ -184,6 +190,7 @@ STABLE_TORCH_LIBRARY_IMPL(precal, CPU, m) {
   m.impl("fit_grid", TORCH_BOX(&fit_grid));
   m.impl("quantize_groups", TORCH_BOX(&quantize_groups));
   m.impl("quantize_split", TORCH_BOX(&quantize_split));
+  m.impl("quantize_salient", TORCH_BOX(&quantize_salient));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("dequantize", TORCH_BOX(&dequantize));

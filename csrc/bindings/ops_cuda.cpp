@@ -130,6 +130,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_split(const Tensor& 
   return call.run_tuple(gpu::QuantizeSplit{{call.tensor("w", w), call.tensor("salient", salient), bits, group_size}});
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_salient(const Tensor& w, const Tensor& lam, int64_t bits,
+                                                                    int64_t group_size, std::string scope) {
+  const DeviceCall call("quantize_salient", w);
+  return call.run_tuple(gpu::QuantizeSalient{{call.tensor("w", w), call.tensor("lam", lam), bits, group_size, scope}});
+}
+
 Tensor pack(const Tensor& codes, int64_t bits) {
   const DeviceCall call("pack", codes);
   return call.run(gpu::Pack{{call.tensor("codes", codes), bits}, {}})[0];
@@ -242,6 +248,7 @@ PRECAL_TORCH_LIBRARY_IMPL(PRECAL_NAMESPACE, PRECAL_CUDA_KEY, m) {
   m.impl("histogram", TORCH_BOX(&histogram));
   m.impl("quantize_groups", TORCH_BOX(&quantize_groups));
   m.impl("quantize_split", TORCH_BOX(&quantize_split));
+  m.impl("quantize_salient", TORCH_BOX(&quantize_salient));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("dequantize", TORCH_BOX(&dequantize));

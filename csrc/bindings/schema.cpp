@@ -31,6 +31,9 @@ PRECAL_TORCH_LIBRARY(PRECAL_NAMESPACE, m) {
   m.def(
       "quantize_split(Tensor w, Tensor salient, int bits, int group_size)"
       " -> (Tensor codes, Tensor scale, Tensor row_scale, Tensor outlier_scale, Tensor outlier_mask)");
+  m.def(
+      "quantize_salient(Tensor w, Tensor lam, int bits, int group_size, str scope=\"tensor\")"
+      " -> (Tensor packed, Tensor scale, Tensor row_scale, Tensor outlier_scale, Tensor outlier_mask)");
   m.def("pack(Tensor codes, int bits) -> Tensor");
   m.def("unpack(Tensor packed, int bits, int K) -> Tensor");
   m.def(

@@ -69,8 +69,11 @@ struct QuantizeArgs {
   uint8_t* outlier_index;  // [N, B, c]
   uint8_t* outlier_value;  // [N, B, c] e4m3
   const uint8_t* salient;  // split: [N, K] bool
-  void* outlier_scale;     // split: [N, G]
-  uint8_t* mask;           // split: [N, ceil(K/8)]
+  const int32_t* limit;    // split: or nullptr, and then salient are |w| above limit[n * limit_row + g * limit_group],
+  int64_t limit_row, limit_group;  // the bits of a float32, or -1 for all
+  uint32_t* packed;                // split: [N, words], and codes is nullptr; or nullptr
+  void* outlier_scale;             // split: [N, G]
+  uint8_t* mask;                   // split: [N, ceil(K/8)]
 };
 
 // Floats that a group takes in scratch: whole vectors, and no more than a row when group_size exceeds K.
@@ -105,12 +108,13 @@ inline int64_t trellis_scratch_floats(const format::WeightFormat& f) {
   return per_column * (longest_segment(f) + 32) + format::num_groups(f) * kTrellisRows * 5 / 2 + 64;
 }
 
-// Scratch floats that one call of quantize_rows needs, whatever its range: a row, three numbers a group, and a group or
-// what a trellis takes.
+// Scratch floats that one call of quantize_rows needs, whatever its range: a row, two numbers a group, and a group or
+// what a trellis takes. Of quantize_split_rows: four numbers a group, codes and a mask of a row.
 inline int64_t quantize_scratch_floats(const QuantizeArgs& args) {
-  const int64_t one_row = args.format.K + 3 * format::num_groups(args.format) + 64;
-  return one_row +
-         (format::is_trellis(args.format) ? trellis_scratch_floats(args.format) : 2 * padded_group(args.format) + 16);
+  const format::WeightFormat& f = args.format;
+  if (f.split) return 4 * round_up(format::num_groups(f), 16) + f.K / 4 + f.K / 32 + 64;
+  const int64_t one_row = f.K + 2 * format::num_groups(f) + 64;
+  return one_row + (format::is_trellis(f) ? trellis_scratch_floats(f) : 2 * padded_group(f) + 16);
 }
 
 struct PackArgs {
@@ -228,6 +232,7 @@ struct KernelTable {
                     uint32_t* quick);
   // Returns the flat index of the first element that is not finite or above kMaxWeight, or -1.
   int64_t (*quantize_rows)(const QuantizeArgs&, int64_t row_begin, int64_t row_end, float* scratch);
+  int64_t (*quantize_split_rows)(const QuantizeArgs&, int64_t row_begin, int64_t row_end, float* scratch);
   // Returns false when a code does not fit in `bits`.
   bool (*pack_rows)(const PackArgs&, int64_t row_begin, int64_t row_end);
   void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);

@@ -106,6 +106,16 @@ struct QuantizeSplit {
   Status run(const TensorView* out) const;
 };
 
+// SalienceMask without normalization, QuantizeSplit and Pack in one look at each row.
+struct QuantizeSalient {
+  static constexpr int kOutputs = 5;  // packed, scale, row_scale, outlier_scale, mask
+  TensorView w, lam;
+  int64_t bits, group_size;
+  std::string scope;
+  Status plan(TensorSpec* out) const;
+  Status run(const TensorView* out) const;
+};
+
 struct Pack {
   static constexpr int kOutputs = 1;
   TensorView codes;
@@ -125,6 +135,13 @@ struct Unpack {
 // Levels as floats, of a grid of checked shape or of the uniform one when it is absent; repeated up to 256 entries, so
 // that a lookup by 4 or 5 bits needs no masking. Refuses levels out of order or range.
 Status make_levels(const char* op, const TensorView& grid, int bits, float* levels);
+
+// lam as salience_threshold gives it without normalization, per unit of scope.
+Status check_lam(const char* op, const TensorView& w, const TensorView& lam, const std::string& scope,
+                 int64_t group_size);
+
+// The largest magnitude whose square is not above lam, as bits of a float32; -1 where that of 0 is.
+int32_t salience_limit(const TensorView& w, double lam);
 
 // Columns after which the blocks of outliers and of the trellis start anew: 0, or what kernels can do with.
 Status check_segment(const char* op, int64_t segment, int64_t K);

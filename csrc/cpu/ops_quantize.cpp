@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// quantize_groups, quantize_split, pack, unpack, dequantize, measure.
+// quantize_groups, quantize_split, quantize_salient, pack, unpack, dequantize, measure.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -78,7 +78,8 @@ Status run_quantize(const char* op, const TensorView& w, const QuantizeArgs& arg
   parallel_for(0, ceil_div(args.format.N, rows), ceil_div(row_grain(args.format.K), rows), [&](int64_t b, int64_t e) {
     std::vector<float> scratch(static_cast<size_t>(quantize_scratch_floats(args)));
     const int64_t end = std::min(e * rows, args.format.N);
-    const int64_t first = kernels().quantize_rows(args, b * rows, end, scratch.data());
+    const auto quantize = args.format.split ? kernels().quantize_split_rows : kernels().quantize_rows;
+    const int64_t first = quantize(args, b * rows, end, scratch.data());
     if (first < 0) return;
     std::lock_guard<std::mutex> guard(lock);
     if (bad < 0 || first < bad) bad = first;
@@ -173,15 +174,16 @@ Status QuantizeGroups::run(const TensorView* out) const {
   return run_quantize(op, w, args);
 }
 
-Status QuantizeSplit::plan(TensorSpec* out) const {
-  constexpr const char* op = "quantize_split";
+namespace {
+
+// What quantize_split and quantize_salient share.
+Status plan_split(const char* op, const TensorView& w, int64_t bits, int64_t group_size, TensorSpec* out) {
   PRECAL_RETURN_IF_ERROR(kernels_status());
   PRECAL_RETURN_IF_ERROR(check_weight(op, w));
   PRECAL_RETURN_IF_ERROR(check_columns(op, w.shape[1]));
   PRECAL_RETURN_IF_ERROR(check_bits(op, bits));
   PRECAL_RETURN_IF_ERROR(check_group(op, group_size));
   const int64_t N = w.shape[0], K = w.shape[1], groups = ceil_div(K, group_size);
-  PRECAL_RETURN_IF_ERROR(check_tensor(op, "salient", salient, {DType::kBool, {N, K}}, "(N, K)"));
   out[0] = {DType::kUInt8, {N, K}};
   out[1] = {DType::kFloat16, {N, groups}};
   out[2] = {DType::kBFloat16, {N}};
@@ -190,11 +192,10 @@ Status QuantizeSplit::plan(TensorSpec* out) const {
   return {};
 }
 
-Status QuantizeSplit::run(const TensorView* out) const {
-  constexpr const char* op = "quantize_split";
+Status run_split(const char* op, const TensorView& w, int64_t bits, int64_t group_size, const TensorView* out,
+                 QuantizeArgs args) {
   float levels[256];
   PRECAL_RETURN_IF_ERROR(make_levels(op, TensorView(), int(bits), levels));
-  QuantizeArgs args{};
   args.w = w.data;
   args.dtype = w.dtype;
   args.format.N = w.shape[0];
@@ -206,13 +207,47 @@ Status QuantizeSplit::run(const TensorView* out) const {
   args.levels = levels;
   args.symmetric = true;
   args.search_lo = args.search_hi = 1.0f;
-  args.codes = out[0].as<uint8_t>();
   args.scale = out[1].data;
   args.row_scale = out[2].as<uint16_t>();
   args.outlier_scale = out[3].data;
   args.mask = out[4].as<uint8_t>();
-  args.salient = salient.as<uint8_t>();
   return run_quantize(op, w, args);
+}
+
+}  // namespace
+
+Status QuantizeSplit::plan(TensorSpec* out) const {
+  constexpr const char* op = "quantize_split";
+  PRECAL_RETURN_IF_ERROR(plan_split(op, w, bits, group_size, out));
+  return check_tensor(op, "salient", salient, {DType::kBool, {w.shape[0], w.shape[1]}}, "(N, K)");
+}
+
+Status QuantizeSplit::run(const TensorView* out) const {
+  QuantizeArgs args{};
+  args.salient = salient.as<uint8_t>();
+  args.codes = out[0].as<uint8_t>();
+  return run_split("quantize_split", w, bits, group_size, out, args);
+}
+
+Status QuantizeSalient::plan(TensorSpec* out) const {
+  constexpr const char* op = "quantize_salient";
+  PRECAL_RETURN_IF_ERROR(plan_split(op, w, bits, group_size, out));
+  PRECAL_RETURN_IF_ERROR(check_lam(op, w, lam, scope, group_size));
+  out[0] = {DType::kInt32, {w.shape[0], format::words_per_row(w.shape[1], int(bits))}};
+  return {};
+}
+
+Status QuantizeSalient::run(const TensorView* out) const {
+  std::vector<int32_t> limits(static_cast<size_t>(lam.numel()));
+  parallel_for(0, lam.numel(), 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) limits[size_t(i)] = salience_limit(w, lam.as<double>()[i]);
+  });
+  QuantizeArgs args{};
+  args.limit = limits.data();
+  args.limit_row = scope == "tensor" ? 0 : lam.numel() / std::max<int64_t>(w.shape[0], 1);
+  args.limit_group = scope == "group";
+  args.packed = out[0].as<uint32_t>();
+  return run_split("quantize_salient", w, bits, group_size, out, args);
 }
 
 Status Pack::plan(TensorSpec* out) const {

@@ -188,11 +188,11 @@ int32_t select_among(const std::vector<int32_t>& values, int32_t low, int32_t hi
   int shift = 0;
   while (((int64_t(high) - low) >> shift) >= 4096) ++shift;
   std::vector<int64_t> counts(4096, 0);
-  for (int32_t v : values) ++counts[size_t((int64_t(v) - low) >> shift)];
-  const size_t bin = bin_of_rank(counts, &rank);
+  for (int32_t v : values) ++counts[(uint32_t(v) - uint32_t(low)) >> shift];
+  const uint32_t bin = uint32_t(bin_of_rank(counts, &rank));
   std::vector<int32_t> last;
   for (int32_t v : values) {
-    if (size_t((int64_t(v) - low) >> shift) == bin) last.push_back(v);
+    if ((uint32_t(v) - uint32_t(low)) >> shift == bin) last.push_back(v);
   }
   std::nth_element(last.begin(), last.begin() + (rank - 1), last.end(), std::greater<int32_t>());
   return last[size_t(rank - 1)];
@@ -200,21 +200,23 @@ int32_t select_among(const std::vector<int32_t>& values, int32_t low, int32_t hi
 
 // Bounds that hold the rank-th largest unless luck is bad: order statistics of an even sample, four deviations apart.
 void sample_bracket(const TensorView& w, int64_t rank, int32_t* low, int32_t* high) {
-  // Fours beside each other are one cache miss. Steps of an odd length: rows are often a power of two long, and a
+  // Sixteens beside each other are one cache miss. Steps of an odd length: rows are often a power of two long, and a
   // sample of a few columns is none.
-  const int64_t count = w.numel(), fours = std::clamp<int64_t>(count / 1024, 1, 1 << 13), size = 4 * fours;
-  const int64_t step = std::max<int64_t>(4, count / fours) | 1;
+  constexpr int64_t kRun = 16, kAhead = 32;
+  const int64_t count = w.numel(), runs = std::clamp<int64_t>(count / 4096, 1, 1 << 12), size = kRun * runs;
+  const int64_t step = std::max<int64_t>(kRun, count / runs) | 1;
+  const int64_t bytes = dtype_bytes(w.dtype);
   std::vector<int32_t> sample(static_cast<size_t>(size));
-  for (int64_t i = 0, at = 0; i < fours; ++i, at = (at + step) % count) {
-    for (int64_t j = 0; j < 4; ++j) sample[size_t(4 * i + j)] = magnitude_bits(w, std::min(at + j, count - 1));
+  for (int64_t i = 0, at = 0; i < runs; ++i, at = (at + step) % count) {
+    __builtin_prefetch(w.as<char>() + (at + kAhead * step) % count * bytes);
+    const int64_t first = at / kRun * kRun;
+    for (int64_t j = 0; j < kRun; ++j) sample[size_t(kRun * i + j)] = magnitude_bits(w, std::min(first + j, count - 1));
   }
   const double share = double(rank) / double(count), expected = share * double(size);
   const double apart = 4.0 * std::sqrt(expected * (1.0 - share)) + 1.0;
-  const auto largest = [&](double place) {  // from 0
-    const auto nth = sample.begin() + int64_t(place);
-    std::nth_element(sample.begin(), nth, sample.end(), std::greater<int32_t>());
-    return *nth;
-  };
+  const auto largest = [&](double place) {
+    return select_among(sample, -1, 0x7FFFFFFE, int64_t(place) + 1);
+  };  // from 0
   *high = expected - apart < 0.0 ? 0x7FFFFFFF : largest(expected - apart);
   *low = expected + apart > double(size - 1) ? -1 : largest(expected + apart) - 1;
 }
@@ -247,6 +249,18 @@ int32_t last_below(const TensorView& w, double lam) {
 }
 
 }  // namespace
+
+Status check_lam(const char* op, const TensorView& w, const TensorView& lam, const std::string& scope,
+                 int64_t group_size) {
+  Scope s;
+  PRECAL_RETURN_IF_ERROR(parse_scope(op, scope, &s));
+  return check_tensor(op, "lam", lam, lam_spec(w, s, group_size), "(one per unit of scope)");
+}
+
+int32_t salience_limit(const TensorView& w, double lam) {
+  const int32_t bits = last_below(w, lam);
+  return bits < 0 ? bits : int32_t(float_bits(magnitude_of(w, bits)));
+}
 
 Status SoftThreshold::plan(TensorSpec* out) const {
   PRECAL_RETURN_IF_ERROR(kernels_status());
@@ -329,7 +343,7 @@ Status SalienceMask::plan(TensorSpec* out) const {
   PRECAL_RETURN_IF_ERROR(parse_scope(op, scope, &s));
   PRECAL_RETURN_IF_ERROR(parse_normalize(op, normalize, &z));
   PRECAL_RETURN_IF_ERROR(check_group_size(op, group_size));
-  PRECAL_RETURN_IF_ERROR(check_tensor(op, "lam", lam, lam_spec(w, s, group_size), "(one per unit of scope)"));
+  PRECAL_RETURN_IF_ERROR(check_lam(op, w, lam, scope, group_size));
   out[0] = {DType::kBool, {w.shape[0], w.shape[1]}};
   return {};
 }

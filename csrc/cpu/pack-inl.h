@@ -26,11 +26,46 @@ PRECAL_INLINE uint64_t split_codes(uint64_t x) {
   return (x & kOnes) | ((x & (kOnes << kBits)) << (8 - kBits));
 }
 
+#if defined(__AVX512VBMI__)
+// Whole 64s of codes, as join_codes does: twos to words, fours to double words, eights, whose bytes are then put next
+// to each other. Returns how many codes that were.
+template <int kBits>
+static int64_t pack_many(const uint8_t* codes, int64_t K, uint8_t* out, const uint8_t* out_end, uint64_t* seen) {
+  if (kBits == 8) return 0;
+  alignas(64) uint8_t order[64] = {};
+  for (int i = 0; i < 8 * kBits; ++i) order[i] = uint8_t(i / kBits * 8 + i % kBits);
+  const __m512i bytes = _mm512_load_si512(order), low = _mm512_set1_epi64((int64_t(1) << 4 * kBits) - 1);
+  const __m512i twos = _mm512_set1_epi16(int16_t(1 | 1 << (kBits + 8) % 16));
+  const __m512i fours = _mm512_set1_epi32(1 | 1 << (2 * kBits + 16) % 32);
+  const __mmask64 whole = ~uint64_t(0) >> (64 - 8 * kBits);
+  __m512i all = _mm512_setzero_si512();
+  int64_t k = 0;
+  for (; k + 64 <= K; k += 64, out += 8 * kBits) {
+    __m512i x = _mm512_loadu_si512(codes + k);
+    all = _mm512_or_si512(all, x);
+    x = _mm512_madd_epi16(_mm512_maddubs_epi16(twos, x), fours);
+    x = _mm512_or_si512(_mm512_and_si512(x, low), _mm512_srli_epi64(_mm512_andnot_si512(low, x), 32 - 4 * kBits));
+    x = _mm512_permutexvar_epi8(bytes, x);
+    if (kBits == 4) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(x));
+    else if (out_end - out >= 64) _mm512_storeu_si512(out, x);  // what follows is written later
+    else _mm512_mask_storeu_epi8(out, whole, x);                // slower
+  }
+  *seen |= uint64_t(_mm512_reduce_or_epi64(all));
+  return k;
+}
+#else
+template <int kBits>
+static int64_t pack_many(const uint8_t*, int64_t, uint8_t*, const uint8_t*, uint64_t*) {
+  return 0;
+}
+#endif
+
 // Returns the bits that any code has. Writes the row's words, and nothing beyond.
 template <int kBits>
 static uint8_t pack_row(const uint8_t* codes, int64_t K, uint8_t* out, uint8_t* out_end) {
   uint64_t seen = 0;
-  int64_t k = 0;
+  int64_t k = pack_many<kBits>(codes, K, out, out_end, &seen);
+  out += k / 8 * kBits;
   for (; k + 8 <= K; k += 8, out += kBits) {
     uint64_t x;
     std::memcpy(&x, codes + k, 8);
@@ -100,6 +135,14 @@ static void unpack_rows_of(const UnpackArgs& args, int64_t row_begin, int64_t ro
   for (int64_t n = row_begin; n < row_end; ++n) {
     unpack_row<kBits>(reinterpret_cast<const uint8_t*>(args.packed + n * words), args.K, args.codes + n * args.K);
   }
+}
+
+// One row of codes that fit.
+static void pack_codes(const uint8_t* codes, int64_t K, int bits, uint32_t* out) {
+  constexpr decltype(&pack_row<2>) kOf[] = {pack_row<2>, pack_row<3>, pack_row<4>, pack_row<5>,
+                                            pack_row<6>, pack_row<7>, pack_row<8>};
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(out);
+  kOf[bits - format::kMinBits](codes, K, bytes, bytes + 4 * format::words_per_row(K, bits));
 }
 
 static bool pack_rows(const PackArgs& args, int64_t row_begin, int64_t row_end) {

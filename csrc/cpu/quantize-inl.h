@@ -11,12 +11,13 @@
 //      first smallest wins
 //   5. x = v * (1 / s); code = number of midpoints of neighbouring levels below x
 //   6. outlier value = e4m3((v - s * level) / U), so dropping the outliers leaves clipped weights, not holes
-// With a trellis, 4 and 5 are one search: trellis-inl.h.
+// With a trellis, 4 and 5 are one search: trellis-inl.h. With salient weights under scales of their own, which do not
+// enter the mean of 3, steps 2 to 5 are in split-inl.h.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/load-inl.h"
-#include "cpu/simd.h"
+#include "cpu/simd_codes.h"
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
@@ -52,14 +53,6 @@ PRECAL_INLINE F32 nearest_level(const LevelSteps& l, F32 x) {
   F32 level = splat(l.first);
   for (int i = 0; i + 1 < l.count; ++i) level = add_if_above(level, x, splat(l.mids[i]), splat(l.steps[i]));
   return level;
-}
-
-// The same among all integers from lowest to highest, counted from 0: a number between two goes to the lower one.
-PRECAL_INLINE F32 nearest_integer(F32 x, F32 lowest, F32 highest) {
-  const F32 round = splat(12582912.0f), inside = min(max(x, lowest), highest);  // 1.5 * 2^23: floats are integers there
-  const F32 nearest = sub(add(inside, round), round);
-  const F32 index = sub(nearest, lowest), half = splat(0.5f);
-  return select(less(sub(nearest, inside), half), index, sub(index, splat(1.0f)));
 }
 
 // Sum of mask * (v - s * level)^2 over a padded group.
@@ -191,63 +184,33 @@ struct RowQuantizer {
 struct RowBuffers {
   float* w;        // [K + 16]; outliers are 0
   float* extreme;  // [groups]
-  float* other;    // [groups]; split: largest salient magnitude
   float* amplitude;
   float* end;
 
   RowBuffers(const RowQuantizer& q, float* scratch)
-      : w(scratch),
-        extreme(w + q.K + kLanes),
-        other(extreme + q.groups),
-        amplitude(other + q.groups),
-        end(amplitude + q.groups) {}
+      : w(scratch), extreme(w + q.K + kLanes), amplitude(extreme + q.groups), end(amplitude + q.groups) {}
 };
 
 struct Extremes {
-  float highest, lowest, salient;  // at least 0, at most 0, at least 0
+  float highest, lowest;  // at least 0, at most 0
 };
 
-// Of the weights of a group; those marked in `salient` (or nullptr) are apart.
-static Extremes find_extremes(const float* w, const uint8_t* salient, int64_t count) {
+// Of the weights of a group.
+static Extremes find_extremes(const float* w, int64_t count) {
   const F32 zero = splat(0.0f);
-  F32 high = zero, low = zero, other = zero;
+  F32 high = zero, low = zero;
   int64_t i = 0;
-  if (salient == nullptr) {
-    for (; i + kLanes <= count; i += kLanes) {
-      const F32 value = load(w + i);
-      high = max(high, value);
-      low = min(low, value);
-    }
-  } else {
-    for (; i + kLanes <= count; i += kLanes) {
-      const uint32_t apart = nonzero_bytes(salient + i);
-      const F32 value = load(w + i), dense = select(apart, zero, value);
-      high = max(high, dense);
-      low = min(low, dense);
-      other = max(other, abs(select(apart, value, zero)));
-    }
+  for (; i + kLanes <= count; i += kLanes) {
+    const F32 value = load(w + i);
+    high = max(high, value);
+    low = min(low, value);
   }
-  Extremes e{largest_lane(high), -largest_lane(sub(zero, low)), salient == nullptr ? 0.0f : largest_lane(other)};
+  Extremes e{largest_lane(high), -largest_lane(sub(zero, low))};
   for (; i < count; ++i) {
-    if (salient != nullptr && salient[i]) {
-      if (abs_float(w[i]) > e.salient) e.salient = abs_float(w[i]);
-      continue;
-    }
     if (w[i] > e.highest) e.highest = w[i];
     if (w[i] < e.lowest) e.lowest = w[i];
   }
   return e;
-}
-
-static void store_mask(const uint8_t* salient, int64_t count, uint8_t* mask) {
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
-    const uint32_t bits = nonzero_bytes(salient + k);
-    mask[k / 8] = uint8_t(bits);
-    mask[k / 8 + 1] = uint8_t(bits >> 8);
-  }
-  for (int64_t i = k; i < count; i += 8) mask[i / 8] = 0;
-  for (; k < count; ++k) mask[k / 8] = uint8_t(mask[k / 8] | (salient[k] != 0) << (k % 8));
 }
 
 // Steps 1 to 3. Returns the flat index of a weight that is refused, or -1.
@@ -279,24 +242,18 @@ static int64_t prepare_row(const RowQuantizer& q, int64_t n, const RowBuffers& r
     }
     if (found > 0 && largest > largest_outlier) largest_outlier = largest;
   }
-  const uint8_t* salient = f.split ? args.salient + n * K : nullptr;
-  if (f.split) store_mask(salient, K, args.mask + n * format::mask_bytes_per_row(f));
 
   // 2. extremes
-  float largest_scale = 0.0f;  // of the salient weights in split mode, which do not enter the mean
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = q.begin_of(g);
-    const Extremes e = find_extremes(w + begin, salient == nullptr ? nullptr : salient + begin, q.count_of(g));
+    const Extremes e = find_extremes(w + begin, q.count_of(g));
     row.extreme[g] = e.highest >= -e.lowest ? e.highest : e.lowest;
     if (args.symmetric) row.extreme[g] = abs_float(row.extreme[g]);
-    row.other[g] = e.salient;
     row.amplitude[g] = abs_float(row.extreme[g]) / abs_float(q.peak);
-    if (f.split && e.salient / abs_float(q.peak) > largest_scale) largest_scale = e.salient / abs_float(q.peak);
   }
 
   // 3. row scale
-  args.row_scale[n] =
-      float_to_bf16_nonzero(row_base(row.amplitude, groups, f.scale_type, largest_scale, largest_outlier));
+  args.row_scale[n] = float_to_bf16_nonzero(row_base(row.amplitude, groups, f.scale_type, 0.0f, largest_outlier));
   return -1;
 }
 
@@ -309,13 +266,6 @@ PRECAL_INLINE F32 in_row_scales(F32 w, float row_scale) {
 PRECAL_INLINE float target_scale(const RowQuantizer& q, int64_t n, float extreme) {
   const float row_scale = bf16_to_float(q.args.row_scale[n]);
   return row_scale > 0.0f ? (extreme / row_scale) / q.peak : 0.0f;
-}
-
-PRECAL_INLINE uint32_t nonzero_bytes_of(const uint8_t* p, int64_t count) {
-  if (count >= kLanes) return nonzero_bytes(p);
-  uint32_t bits = 0;
-  for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i] != 0) << i;
-  return bits;
 }
 
 // body(k) for the columns of [begin, end) that are outliers of row n; not after step 6.
@@ -390,19 +340,8 @@ static void quantize_groups_of(const RowQuantizer& q, int64_t n, const RowBuffer
     const float scale = store_scale(args.scale, index, f.scale_type, code);
     const F32 inverse = splat(scale != 0.0f ? 1.0f / scale : 0.0f);
     uint8_t* codes = args.codes + n * q.K + begin;
-    if (!f.split) {
-      store_group_codes(count, codes, nearest,
-                        [&](int64_t i) { return mul(in_row_scales(load(w + i), row_scale), inverse); });
-      continue;
-    }
-    const float salient_scale =
-        store_scale(args.outlier_scale, index, f.scale_type, nonzero_half(target_scale(q, n, row.other[g])));
-    const F32 salient_inverse = splat(salient_scale != 0.0f ? 1.0f / salient_scale : 0.0f);
-    const uint8_t* salient = args.salient + n * q.K + begin;
-    store_group_codes(count, codes, nearest, [&](int64_t i) {
-      const uint32_t apart = nonzero_bytes_of(salient + i, count - i);
-      return mul(in_row_scales(load(w + i), row_scale), select(apart, salient_inverse, inverse));
-    });
+    store_group_codes(count, codes, nearest,
+                      [&](int64_t i) { return mul(in_row_scales(load(w + i), row_scale), inverse); });
   }
 }
 

@@ -60,7 +60,7 @@ static Magnitudes collect_magnitudes_of(const MagnitudesArgs& args, int64_t begi
   Magnitudes found{0, 0, 0};
   // Blocks that fit in the first level cache: first where those are that are wanted, so that nothing waits for memory
   // but the loads; then, from the cache, themselves. Neither has a branch that data decide.
-  constexpr int64_t kBlock = 1024, kAhead = 1024;
+  constexpr int64_t kBlock = 1024, kAhead = 1024, kFour = 4 * kLanes;
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock) {
     uint16_t wanted[kBlock / kLanes];
@@ -71,11 +71,17 @@ static Magnitudes collect_magnitudes_of(const MagnitudesArgs& args, int64_t begi
       above = count_greater(above, m, high);
       wanted[j / kLanes] = uint16_t(at_most_unsigned(sub_word(m, offset), width));
     }
-    for (int64_t j = 0; j < kBlock && args.low < args.high; j += 4 * kLanes) {
-      uint64_t four;
-      std::memcpy(&four, wanted + j / kLanes, sizeof four);
-      if (four == 0) continue;
-      for (int64_t at = i + j; at < i + j + 4 * kLanes; at += kLanes, four >>= kLanes) {
+    if (args.low >= args.high) continue;
+    uint64_t fours[kBlock / kFour];
+    int list[kBlock / kFour], count = 0;
+    std::memcpy(fours, wanted, sizeof fours);
+    for (int j = 0; j < kBlock / kFour; ++j) {
+      list[count] = j;
+      count += fours[j] != 0;
+    }
+    for (int j = 0; j < count; ++j) {
+      uint64_t four = fours[list[j]];
+      for (int64_t at = i + list[j] * kFour; at < i + (list[j] + 1) * kFour; at += kLanes, four >>= kLanes) {
         const I32 m = bit_and(kHalf ? widen_words(half + at) : load_words(full + at), magnitude);
         found.collected += append_where(uint32_t(four & 0xFFFFu), m, out + found.collected);
       }
