@@ -52,21 +52,22 @@ PRECAL_INLINE void count_weight(const HistogramArgs& args, double h, float quoti
 }
 
 // Bins of whole vectors of weights with one divisor; those outside have none. inside [count / 16]: masks over lanes.
-template <bool kExact>
-static void find_bins(const HistogramArgs& args, const QuickBins& quick, int64_t first, int64_t count, float divisor,
-                      int64_t mass, int32_t* bins, uint16_t* inside, int64_t* outside) {
+template <bool kExact, DType kType, bool kDivide>
+static void find_bins_of(const HistogramArgs& args, const QuickBins& quick, int64_t first, int64_t count, float divisor,
+                         int64_t mass, int32_t* bins, uint16_t* inside, int64_t* outside) {
   const double h = (args.hi - args.lo) / double(args.num_bins);
   const F32 lo = splat(quick.lo), per_bin = splat(quick.per_bin), half = splat(0.5f), near = splat(0.5f - quick.margin);
   const I32 last = splat_word(int32_t(args.num_bins - 1)), first_bin = splat_word(quick.first);
+  constexpr int64_t kWidth = kType == DType::kFloat32 ? 4 : 2;
+  const char* w = static_cast<const char*>(args.w) + first * kWidth;
   for (int64_t i = 0; i < count; i += kLanes) {
-    F32 quotient = load_weights(args.w, args.dtype, first + i);
-    if (divisor != 1.0f) quotient = div(quotient, splat(divisor));
+    __builtin_prefetch(w + i * kWidth + 8192);  // none are read while bins are counted
+    F32 quotient = load_weights(w, kType, i);
+    if (kDivide) quotient = div(quotient, splat(divisor));
     const F32 place = mul(kExact ? quotient : sub(quotient, lo), per_bin);
-    I32 bin = truncate_words(place);
+    I32 bin = kExact ? sub_word(floor_words(place), first_bin) : truncate_words(place);
     uint32_t found = 0xFFFFu;
-    if (kExact) {
-      bin = sub_word(sub_word(bin, first_bin), below(place, as_numbers(bin)));  // truncated upwards below 0
-    } else {
+    if (!kExact) {
       // Far from both edges of its bin. A place below 0 is truncated upwards and lies below its bin.
       found = less(abs(sub(sub(place, as_numbers(bin)), half)), near);
     }
@@ -88,6 +89,20 @@ static void find_bins(const HistogramArgs& args, const QuickBins& quick, int64_t
     }
     inside[i / kLanes] = uint16_t(found);
   }
+}
+
+template <bool kExact>
+static void find_bins(const HistogramArgs& args, const QuickBins& quick, int64_t first, int64_t count, float divisor,
+                      int64_t mass, int32_t* bins, uint16_t* inside, int64_t* outside) {
+  const bool divide = divisor != 1.0f;
+  const auto find =
+      args.dtype == DType::kBFloat16
+          ? divide ? find_bins_of<kExact, DType::kBFloat16, true> : find_bins_of<kExact, DType::kBFloat16, false>
+      : args.dtype == DType::kFloat16
+          ? divide ? find_bins_of<kExact, DType::kFloat16, true> : find_bins_of<kExact, DType::kFloat16, false>
+      : divide ? find_bins_of<kExact, DType::kFloat32, true>
+               : find_bins_of<kExact, DType::kFloat32, false>;
+  find(args, quick, first, count, divisor, mass, bins, inside, outside);
 }
 
 template <typename Add>

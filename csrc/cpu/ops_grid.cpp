@@ -15,7 +15,7 @@ namespace precal::cpu {
 namespace {
 
 constexpr int64_t kMaxBins = 1 << 24;
-constexpr int64_t kQuickBins = 2048;  // four counts of 4 bytes for so many leave room in the first level cache
+constexpr int64_t kQuickBins = 4096;            // two counts of 4 bytes for so many leave room in the first level cache
 constexpr int64_t kMaxMass = int64_t(1) << 31;  // of a weight in its bin: 2^32 weights of one bin fit in int64
 constexpr double kMaxPosition = 1e100;          // of a bin, in levels: sums of squares and of counts stay finite
 

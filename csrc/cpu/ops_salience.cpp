@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -74,46 +75,66 @@ Status nonfinite(const char* op, const TensorView& w) {
   return invalid_value(op, ": w must be finite, got ", element(w, first), " at [", first / K, ", ", first % K, "]");
 }
 
-struct Collected {
-  Magnitudes sum{0, 0, 0};
-  std::vector<int32_t> bits;  // collected
-  bool complete = true;       // false: too many to keep
+// Magnitudes in a buffer that is not cleared first: a fresh page costs as much as a thousand weights.
+struct Values {
+  std::unique_ptr<int32_t[]> data;
+  int64_t count = 0, room = 0;
+
+  void make_room(int64_t more) {
+    if (room - count >= more) return;
+    room = 2 * count + more;
+    std::unique_ptr<int32_t[]> larger(new int32_t[size_t(room)]);
+    std::copy(data.get(), data.get() + count, larger.get());
+    data = std::move(larger);
+  }
+  const int32_t* begin() const { return data.get(); }
+  const int32_t* end() const { return data.get() + count; }
 };
 
-// One pass over w: the largest magnitude, how many are above `high`, and those in (low, high].
-Collected collect(const TensorView& w, int32_t low, int32_t high) {
-  constexpr int64_t kPiece = 1 << 13;
+struct Collected {
+  int32_t largest = 0;
+  int64_t above = 0, count = 0;  // collected
+  std::vector<Values> parts;
+  bool complete = true;  // false: too many to keep
+};
+
+// One pass over w: the largest magnitude, how many are above `high`, and those in (low, high], a share of about
+// `share`.
+Collected collect(const TensorView& w, int32_t low, int32_t high, double share) {
+  constexpr int64_t kPiece = 1 << 13, kRoom = kPiece + 16;
   const MagnitudesArgs args{w.data, is_half(w), low, high};
   const int64_t most = w.numel() / 8 + kPiece;  // of all threads together
   Collected all;
   std::mutex lock;
   std::atomic<int64_t> kept{0};
   parallel_for(0, w.numel(), 1 << 18, [&](int64_t begin, int64_t end) {
-    Magnitudes sum{0, 0, 0};
-    std::vector<int32_t> bits;
+    int32_t largest = 0;
+    int64_t above = 0;
+    Values values;
+    values.make_room(kRoom + std::min(most, int64_t(1.2 * share * double(end - begin))));
     for (int64_t i = begin; i < end; i += kPiece) {
-      const int64_t piece_end = std::min(end, i + kPiece);
-      if (kept > most) sum.collected = 0;  // nobody will use them
-      if (int64_t(bits.size()) < sum.collected + kPiece + 16) bits.resize(size_t(2 * sum.collected + 2 * kPiece + 16));
-      const Magnitudes found = kernels().collect_magnitudes(args, i, piece_end, bits.data() + sum.collected);
-      sum.largest = std::max(sum.largest, found.largest);
-      sum.above += found.above;
-      sum.collected += found.collected;
+      if (kept > most) values.count = 0;  // nobody will use them
+      values.make_room(kRoom);
+      const Magnitudes found =
+          kernels().collect_magnitudes(args, i, std::min(end, i + kPiece), values.data.get() + values.count);
+      largest = std::max(largest, found.largest);
+      above += found.above;
+      values.count += found.collected;
       kept += found.collected;
     }
     std::lock_guard<std::mutex> guard(lock);
-    all.sum.largest = std::max(all.sum.largest, sum.largest);
-    all.sum.above += sum.above;
-    all.bits.insert(all.bits.end(), bits.begin(), bits.begin() + sum.collected);
+    all.largest = std::max(all.largest, largest);
+    all.above += above;
+    all.count += values.count;
+    all.parts.push_back(std::move(values));
   });
   all.complete = kept <= most;
-  all.sum.collected = int64_t(all.bits.size());
   return all;
 }
 
 Status check_finite(const char* op, const TensorView& w) {
   constexpr int32_t kNothing = 0x7FFFFFFF;
-  return collect(w, kNothing, kNothing).sum.largest < infinite_bits(w) ? Status() : nonfinite(op, w);
+  return collect(w, kNothing, kNothing, 0.0).largest < infinite_bits(w) ? Status() : nonfinite(op, w);
 }
 
 // (w - mean) / std of the unit the weight belongs to, in double, rounded once to float32; 0 where std is 0.
@@ -183,54 +204,81 @@ std::vector<int64_t> count_digit(const TensorView& w, bool low_digit, uint32_t p
   return total;
 }
 
-// The rank-th largest (from 1) of values in (low, high]: one counting pass, then the values of one bin.
-int32_t select_among(const std::vector<int32_t>& values, int32_t low, int32_t high, int64_t rank) {
+// The largest values of ranks `first` <= `second` (from 1) of those in (low, high]: one counting pass, then what the
+// bins from the one to the other hold.
+void select_among(const std::vector<Values>& parts, int32_t low, int32_t high, int64_t first, int64_t second,
+                  int32_t* first_value, int32_t* second_value) {
   int shift = 0;
   while (((int64_t(high) - low) >> shift) >= 4096) ++shift;
+  const auto bin_of = [=](int32_t v) { return (uint32_t(v) - uint32_t(low)) >> shift; };
   std::vector<int64_t> counts(4096, 0);
-  for (int32_t v : values) ++counts[(uint32_t(v) - uint32_t(low)) >> shift];
-  const uint32_t bin = uint32_t(bin_of_rank(counts, &rank));
-  std::vector<int32_t> last;
-  for (int32_t v : values) {
-    if ((uint32_t(v) - uint32_t(low)) >> shift == bin) last.push_back(v);
+  for (const Values& part : parts) {
+    for (int32_t v : part) ++counts[bin_of(v)];
   }
-  std::nth_element(last.begin(), last.begin() + (rank - 1), last.end(), std::greater<int32_t>());
-  return last[size_t(rank - 1)];
+  const int64_t between = second - first;
+  const uint32_t last = uint32_t(bin_of_rank(counts, &first)), begin = uint32_t(bin_of_rank(counts, &second));
+  if (shift == 0) {  // all of a bin are equal
+    *first_value = low + int32_t(last);
+    *second_value = low + int32_t(begin);
+    return;
+  }
+  std::vector<int32_t> few;
+  for (const Values& part : parts) {
+    for (int32_t v : part) {
+      if (bin_of(v) - begin <= last - begin) few.push_back(v);
+    }
+  }
+  const auto place = few.begin() + (first - 1);
+  const auto largest = std::greater<int32_t>();
+  std::nth_element(few.begin(), place, few.end(), largest);
+  *first_value = *place;
+  if (between > 0) std::nth_element(place + 1, place + between, few.end(), largest);
+  *second_value = *(place + between);
 }
 
+struct Bracket {
+  int32_t low, high;
+  double share;  // of the weights that are in (low, high]
+};
+
 // Bounds that hold the rank-th largest unless luck is bad: order statistics of an even sample, four deviations apart.
-void sample_bracket(const TensorView& w, int64_t rank, int32_t* low, int32_t* high) {
+Bracket sample_bracket(const TensorView& w, int64_t rank) {
   // Sixteens beside each other are one cache miss. Steps of an odd length: rows are often a power of two long, and a
   // sample of a few columns is none.
   constexpr int64_t kRun = 16, kAhead = 32;
   const int64_t count = w.numel(), runs = std::clamp<int64_t>(count / 4096, 1, 1 << 12), size = kRun * runs;
-  const int64_t step = std::max<int64_t>(kRun, count / runs) | 1;
-  const int64_t bytes = dtype_bytes(w.dtype);
-  std::vector<int32_t> sample(static_cast<size_t>(size));
+  const int64_t step = std::max<int64_t>(kRun, count / runs) | 1, bytes = dtype_bytes(w.dtype);
+  std::vector<Values> sample(1);
+  sample[0].make_room(size);
+  sample[0].count = size;
+  int32_t* out = sample[0].data.get();
   for (int64_t i = 0, at = 0; i < runs; ++i, at = (at + step) % count) {
     __builtin_prefetch(w.as<char>() + (at + kAhead * step) % count * bytes);
     const int64_t first = at / kRun * kRun;
-    for (int64_t j = 0; j < kRun; ++j) sample[size_t(kRun * i + j)] = magnitude_bits(w, std::min(first + j, count - 1));
+    for (int64_t j = 0; j < kRun; ++j) *out++ = magnitude_bits(w, std::min(first + j, count - 1));
   }
   const double share = double(rank) / double(count), expected = share * double(size);
   const double apart = 4.0 * std::sqrt(expected * (1.0 - share)) + 1.0;
-  const auto largest = [&](double place) {
-    return select_among(sample, -1, 0x7FFFFFFE, int64_t(place) + 1);
-  };  // from 0
-  *high = expected - apart < 0.0 ? 0x7FFFFFFF : largest(expected - apart);
-  *low = expected + apart > double(size - 1) ? -1 : largest(expected + apart) - 1;
+  const double first = std::max(expected - apart, 0.0),
+               second = std::min(expected + apart, double(size - 1));  // from 0
+  Bracket b{-1, 0x7FFFFFFF, (second - first) / double(size)};
+  select_among(sample, -1, is_half(w) ? 0x7FFF : 0x7FFFFFFF, int64_t(first) + 1, int64_t(second) + 1, &b.high, &b.low);
+  if (expected - apart < 0.0) b.high = 0x7FFFFFFF;
+  b.low = expected + apart > double(size - 1) ? -1 : b.low - 1;
+  return b;
 }
 
 // The magnitude bits of the rank-th largest |w|, and those of the largest. One pass in which a sample's bracket is
 // collected; where that fails, as on weights of few different values, two counting passes.
 int32_t select_magnitude(const TensorView& w, int64_t rank, int32_t* largest) {
-  int32_t low, high;
-  sample_bracket(w, rank, &low, &high);
-  const Collected found = collect(w, low, high);
-  *largest = found.sum.largest;
-  const int64_t inside = rank - found.sum.above;
-  if (found.complete && inside >= 1 && inside <= found.sum.collected) {
-    return select_among(found.bits, low, std::min(high, *largest), inside);
+  const Bracket b = sample_bracket(w, rank);
+  const Collected found = collect(w, b.low, b.high, b.share);
+  *largest = found.largest;
+  const int64_t inside = rank - found.above;
+  if (found.complete && inside >= 1 && inside <= found.count) {
+    int32_t value;
+    select_among(found.parts, b.low, std::min(b.high, *largest), inside, inside, &value, &value);
+    return value;
   }
   const size_t upper = bin_of_rank(count_digit(w, false, 0), &rank);
   if (is_half(w)) return int32_t(upper);

@@ -59,8 +59,9 @@ static Magnitudes collect_magnitudes_of(const MagnitudesArgs& args, int64_t begi
   I32 largest = zero_words(), above = zero_words();
   Magnitudes found{0, 0, 0};
   // Blocks that fit in the first level cache: first where those are that are wanted, so that nothing waits for memory
-  // but the loads; then, from the cache, themselves. Neither has a branch that data decide.
-  constexpr int64_t kBlock = 1024, kAhead = 1024, kFour = 4 * kLanes;
+  // but the loads; then, from the cache, themselves. Neither has a branch that data decide. Four pages ahead: while a
+  // block is collected nothing is asked for, and one page ahead (0.49 cycles a weight, four: 0.41) is not enough then.
+  constexpr int64_t kBlock = 1024, kAhead = kHalf ? 8192 : 4096, kFour = 4 * kLanes;
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock) {
     uint16_t wanted[kBlock / kLanes];

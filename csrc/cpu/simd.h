@@ -79,8 +79,11 @@ PRECAL_INLINE F32 lookup16(F32 table, I32 index) { return {_mm512_permutexvar_ps
 PRECAL_INLINE void store_words(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 PRECAL_INLINE I32 splat_word(int32_t a) { return {_mm512_set1_epi32(a)}; }
 PRECAL_INLINE F32 as_floats(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
-// Towards zero; beyond 2^31, and NaN: any value that no lane index has.
+// Towards zero, and down; beyond 2^31, and NaN: any value that no lane index has.
 PRECAL_INLINE I32 truncate_words(F32 a) { return {_mm512_cvttps_epi32(a.v)}; }
+PRECAL_INLINE I32 floor_words(F32 a) {
+  return {_mm512_cvt_roundps_epi32(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
 PRECAL_INLINE F32 as_numbers(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PRECAL_INLINE I32 bit_and(I32 a, I32 b) { return {_mm512_and_si512(a.v, b.v)}; }
 PRECAL_INLINE I32 max_word(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
@@ -209,6 +212,9 @@ PRECAL_INLINE void store_words(int32_t* p, I32 a) {
 PRECAL_INLINE I32 splat_word(int32_t a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
 PRECAL_INLINE F32 as_floats(I32 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 PRECAL_INLINE I32 truncate_words(F32 a) { return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
+PRECAL_INLINE I32 floor_words(F32 a) {
+  return {_mm256_cvttps_epi32(_mm256_floor_ps(a.lo)), _mm256_cvttps_epi32(_mm256_floor_ps(a.hi))};
+}
 PRECAL_INLINE F32 as_numbers(I32 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 PRECAL_INLINE I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 PRECAL_INLINE I32 max_word(I32 a, I32 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
@@ -399,6 +405,11 @@ PRECAL_INLINE F32 as_floats(I32 a) {
 PRECAL_INLINE I32 truncate_words(F32 a) {
   I32 r;
   PRECAL_LANES(r.v, a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f ? uint32_t(int32_t(a.v[i])) : 0x80000000u);
+  return r;
+}
+PRECAL_INLINE I32 floor_words(F32 a) {
+  I32 r = truncate_words(a);
+  PRECAL_LANES(r.v, r.v[i] != 0x80000000u && a.v[i] < float(int32_t(r.v[i])) ? r.v[i] - 1 : r.v[i]);
   return r;
 }
 PRECAL_INLINE F32 as_numbers(I32 a) {
