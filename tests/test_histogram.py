@@ -57,6 +57,23 @@ def test_histogram_of_values_on_the_edges(isa: str, lo: float, hi: float, num_bi
         assert torch.equal(ops.histogram(w, num_bins, lo, hi)[0], reference.histogram(w, num_bins, lo, hi)[0]), x
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divisor", [1.0, 3.0])
+@pytest.mark.parametrize(("lo", "hi", "num_bins"), [(-8.0, 8.0, 2048), (-127.0, 127.0, 300), (0.0, 8.0, 4096)])
+def test_histogram_of_whole_vectors_on_the_edges(
+    isa: str, lo: float, hi: float, num_bins: int, divisor: float, dtype: torch.dtype
+) -> None:
+    edges = torch.arange(num_bins + 1, dtype=torch.float64).mul((hi - lo) / num_bins).add(lo).mul(divisor).float()
+    around = [torch.nextafter(edges, torch.tensor(to)) for to in (-1e9, 1e9)]
+    beyond = torch.tensor(
+        [0.0, -0.0, 1e-40, -1e-40, 65504.0, -3e9, 3e9, -(2.0**31), 1e38, torch.inf, -torch.inf, torch.nan]
+    )
+    w = torch.cat([edges, *around, beyond]).to(dtype)[None].repeat(3, 1)
+    arguments = (num_bins, lo, hi, torch.full((3, 1), divisor), None, w.shape[1])
+    got, want = ops.histogram(w, *arguments), reference.histogram(w, *arguments)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_histogram_counts_everything_once(isa: str) -> None:
     w = torch.tensor([[-1.0, -0.5, 0.5, 1.0, 1.5, -1.5, torch.inf, -torch.inf, torch.nan, 0.0]])
     counts, outside = ops.histogram(w, 2, -1.0, 1.0)

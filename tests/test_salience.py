@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -181,6 +182,25 @@ def test_threshold_of_hard_matrices(isa: str, name: str) -> None:
     for scope in SCOPES:
         lam = ops.salience_threshold(w, 0.1, scope, 64)
         assert torch.equal(lam.flatten(), reference.salience_threshold(w, 0.1, scope, 64, "none"))
+
+
+LONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda w: w,
+    "few values": lambda w: (w * 20).round(),
+    "mostly zeros": lambda w: torch.where(w.abs() > 0.1, w, 0),
+    "sorted": lambda w: w.flatten().sort().values.view(w.shape),
+    "two columns of a size": lambda w: w * torch.tensor([1.0, 100.0]).repeat_interleave(32).repeat(64),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LONG)
+def test_threshold_of_many_weights(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """A sample's bracket that holds the threshold, and one that does not."""
+    w = LONG[kind](shapes.student_t(129, 4096)).to(dtype)
+    for alpha in (0.0, 1e-5, 0.05, 0.5, 0.9999, 1.0):
+        lam = ops.salience_threshold(w, alpha)
+        assert torch.equal(lam, reference.salience_threshold(w, alpha, "tensor", 1, "none"))
 
 
 def test_threshold_does_not_depend_on_threads(isa: str) -> None:
