@@ -245,17 +245,18 @@ struct Bracket {
 Bracket sample_bracket(const TensorView& w, int64_t rank) {
   // Sixteens beside each other are one cache miss. Steps of an odd length: rows are often a power of two long, and a
   // sample of a few columns is none.
-  constexpr int64_t kRun = 16, kAhead = 32;
-  const int64_t count = w.numel(), runs = std::clamp<int64_t>(count / 4096, 1, 1 << 12), size = kRun * runs;
-  const int64_t step = std::max<int64_t>(kRun, count / runs) | 1, bytes = dtype_bytes(w.dtype);
+  constexpr int64_t kAhead = 32;
+  const int64_t count = w.numel(), runs = std::clamp<int64_t>(count / 4096, 1, 1 << 12);
+  const int64_t run = std::min<int64_t>(count, 16), size = run * runs, bytes = dtype_bytes(w.dtype);
+  const int64_t step = std::max<int64_t>(run, count / runs) | 1;
   std::vector<Values> sample(1);
   sample[0].make_room(size);
   sample[0].count = size;
   int32_t* out = sample[0].data.get();
-  for (int64_t i = 0, at = 0; i < runs; ++i, at = (at + step) % count) {
+  for (int64_t i = 0, at = 0; i < runs; ++i, at = (at + step) % count, out += run) {
     __builtin_prefetch(w.as<char>() + (at + kAhead * step) % count * bytes);
-    const int64_t first = at / kRun * kRun;
-    for (int64_t j = 0; j < kRun; ++j) *out++ = magnitude_bits(w, std::min(first + j, count - 1));
+    const int64_t first = std::min(at / run * run, count - run);
+    for (int64_t j = 0; j < run; ++j) out[j] = magnitude_bits(w, first + j);
   }
   const double share = double(rank) / double(count), expected = share * double(size);
   const double apart = 4.0 * std::sqrt(expected * (1.0 - share)) + 1.0;

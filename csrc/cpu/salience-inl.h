@@ -60,7 +60,7 @@ static Magnitudes collect_magnitudes_of(const MagnitudesArgs& args, int64_t begi
   Magnitudes found{0, 0, 0};
   // Blocks that fit in the first level cache: first where those are that are wanted, so that nothing waits for memory
   // but the loads; then, from the cache, themselves. Neither has a branch that data decide. Four pages ahead: while a
-  // block is collected nothing is asked for, and one page ahead (0.49 cycles a weight, four: 0.41) is not enough then.
+  // block is collected nothing is asked for, and one page ahead (0.52 cycles a weight, four: 0.41) is not enough then.
   constexpr int64_t kBlock = 1024, kAhead = kHalf ? 8192 : 4096, kFour = 4 * kLanes;
   int64_t i = begin;
   for (; i + kBlock <= end; i += kBlock) {
