@@ -15,7 +15,7 @@ from shapes import generator, student_t
 from test_qtensor import quantize
 from torch import Tensor
 
-from precal_ext import QuantizeConfig
+from precal_ext import QuantizeConfig, ops
 from precal_ext.grids import constant_grid
 from precal_ext.measure import measure, outlier_mask, sqnr_db
 from precal_ext.quantize import fit_set_grid, quantize_weight, sample_rows
@@ -224,6 +224,18 @@ def test_paper_is_two_symmetric_grids_per_group(weights: list[Tensor], bits: int
         top, top_step = min_max(exact, mask, bits, 128)
         expected, step = torch.where(mask, top, rest), torch.where(mask, top_step, rest_step)
         assert_close_but_for_ties(exact, q.dequantize().double(), expected, step, bits)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row", "group"])
+@pytest.mark.parametrize("normalize", ["none", "row", "group"])
+def test_paper_with_any_scope_and_score(scope: str, normalize: str) -> None:
+    w = student_t(9, 300).bfloat16()
+    q = quantize(w, QuantizeConfig(recipe="paper", bits=3, group_size=64, scope=scope, normalize=normalize))
+    mask = salient(w, 0.05, scope, 64, normalize)
+    codes, *rest = ops.quantize_split(w, mask, 3, 64)
+    names = ["weight_packed", "weight_scale", "weight_row_scale", "weight_outlier_scale", "weight_outlier_mask"]
+    for name, want in zip(names, [ops.pack(codes, 3), *rest], strict=True):
+        assert torch.equal(q.tensors[name], want), name
 
 
 # ---- the published loop ----------------------------------------------------------------------------------------------
