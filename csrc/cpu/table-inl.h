@@ -16,21 +16,9 @@
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 static constexpr KernelTable make_table(const char* name) {
-  return {name,
-          soft_threshold,
-          magnitude_digit,
-          collect_magnitudes,
-          mask_magnitudes,
-          histogram,
-          quantize_rows,
-          quantize_split_rows,
-          pack_rows,
-          unpack_rows,
-          dequantize_rows,
-          measure_rows,
-          linear_tiles,
-          interleave_rows,
-          kIntegerKernels};
+  return {name,          soft_threshold,      magnitude_digit, collect_magnitudes, mask_magnitudes, histogram,
+          quantize_rows, quantize_split_rows, pack_rows,       unpack_rows,        dequantize_rows, measure_rows,
+          linear_tiles,  interleave_rows,     kIntegerKernels};
 }
 
 }  // namespace precal::cpu::PRECAL_ISA_NAMESPACE
