@@ -12,18 +12,35 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 constexpr int64_t kPart = 1024;  // columns; whole bytes of codes of any width
 
+// The blocks of a row one after the other: no division on the way, of which block_begin() has two.
+struct BlockCursor {
+  int64_t number, begin, end, segment_end;
+};
+
+PRECAL_INLINE BlockCursor first_block(const format::OutlierBlocks& blocks) {
+  return {0, 0, blocks.segment < format::kBlock ? blocks.segment : format::kBlock, blocks.segment};
+}
+
+PRECAL_INLINE void next_block(const format::OutlierBlocks& blocks, BlockCursor* block) {
+  ++block->number;
+  block->begin = block->end;
+  if (block->begin == block->segment_end) block->segment_end += blocks.segment;
+  const int64_t full = block->begin + format::kBlock;
+  block->end = full < block->segment_end ? full : block->segment_end;
+}
+
 // format::trellis_index of the codes of columns [first, first + count); codes[-2] and codes[-1] are the two before
-// them. `block`: the first block that begins at `first` or later; afterwards the first of what follows.
+// them. `block`: the one that column `first` lies in.
 PRECAL_INLINE void trellis_indices(const uint8_t* codes, int64_t first, int64_t count,
-                                   const format::OutlierBlocks& blocks, int64_t* block, uint8_t* index) {
+                                   const format::OutlierBlocks& blocks, BlockCursor block, uint8_t* index) {
   for (int64_t k = 0; k < count; ++k) {
     index[k] = uint8_t(2 * (codes[k] ^ (codes[k - 2] & 1)) + (codes[k - 1] & 1));
   }
   // A block knows nothing of the one before. It begins at a multiple of 32, so its second column is here too.
   static_assert(kPart % 32 == 0);
-  for (; *block < blocks.num_blocks; ++*block) {
-    const int64_t k = format::block_begin(blocks, *block) - first;
-    if (k >= count) break;
+  if (block.begin < first) next_block(blocks, &block);
+  for (; block.number < blocks.num_blocks && block.begin < first + count; next_block(blocks, &block)) {
+    const int64_t k = block.begin - first;
     index[k] = uint8_t(2 * codes[k]);
     if (k + 1 < count) index[k + 1] = uint8_t(2 * codes[k + 1] + (codes[k] & 1));
   }
@@ -36,7 +53,7 @@ struct RowParts {
   const int64_t groups, words;
   float levels[256];  // of its own, so that no store to the output can change it
   int64_t n = 0;
-  int64_t trellis_block = 0;       // the first that begins in this part or later
+  BlockCursor block{};             // the one that this part's first column lies in
   const uint8_t* index = nullptr;  // of the levels of this part's columns
   uint8_t before_codes[2 + kPart], indices[kPart];
 
@@ -51,28 +68,21 @@ struct RowParts {
 
 static void begin_row(RowParts* row, int64_t n) {
   row->n = n;
-  row->trellis_block = 0;
+  row->block = first_block(row->blocks);
   row->before_codes[0] = row->before_codes[1] = 0;
 }
 
-// The entry's column among [first, first + count), or -1. An index past a short last block is refused when a file is
-// read; it points nowhere regardless.
-PRECAL_INLINE int64_t outlier_column(const RowParts& row, int64_t block, int64_t entry, int64_t first, int64_t count) {
-  const int64_t begin = format::block_begin(row.blocks, block), position = row.args.outlier_index[entry];
-  const int64_t column = begin + position - first;
-  return position < format::block_end(row.blocks, block) - begin && column >= 0 && column < count ? column : -1;
-}
-
-// Calls visit(column, entry) for every entry of an outlier in [first, first + count), in their order.
+// Calls visit(column, entry) for every entry of an outlier in the part of columns [first, first + count), in their
+// order. An index past a short last block is refused when a file is read; it points nowhere regardless.
 template <typename Visit>
 PRECAL_INLINE void for_outliers(const RowParts& row, int64_t first, int64_t count, const Visit& visit) {
-  if (row.args.format.c == 0) return;
-  for (int64_t b = format::block_at(row.blocks, first); b < row.blocks.num_blocks; ++b) {
-    if (format::block_begin(row.blocks, b) >= first + count) break;
-    for (int i = 0; i < row.args.format.c; ++i) {
-      const int64_t entry = (row.n * row.blocks.num_blocks + b) * row.args.format.c + i;
-      const int64_t column = outlier_column(row, b, entry, first, count);
-      if (column >= 0) visit(column, entry);
+  const int c = row.args.format.c;
+  BlockCursor block = row.block;
+  for (; c > 0 && block.number < row.blocks.num_blocks && block.begin < first + count; next_block(row.blocks, &block)) {
+    for (int i = 0; i < c; ++i) {
+      const int64_t entry = (row.n * row.blocks.num_blocks + block.number) * c + i;
+      const int64_t position = row.args.outlier_index[entry], column = block.begin + position - first;
+      if (position < block.end - block.begin && column >= 0 && column < count) visit(column, entry);
     }
   }
 }
@@ -112,8 +122,9 @@ static void next_part(RowParts* row, int64_t first, int64_t count, float* out) {
   const uint8_t* packed = reinterpret_cast<const uint8_t*>(args.packed + row->n * row->words);
   unpack_row<kBits>(packed + first / 8 * kBits, count, codes);
   row->index = codes;
+  while (row->block.end <= first) next_block(row->blocks, &row->block);
   if (format::is_trellis(f)) {
-    trellis_indices(codes, first, count, row->blocks, &row->trellis_block, row->indices);
+    trellis_indices(codes, first, count, row->blocks, row->block, row->indices);
     row->index = row->indices;
     std::memmove(codes - 2, codes + count - 2, 2);
   }
@@ -121,8 +132,7 @@ static void next_part(RowParts* row, int64_t first, int64_t count, float* out) {
   const auto values = f.split ? (few ? scale_levels<true, true> : scale_levels<false, true>)
                               : (few ? scale_levels<true, false> : scale_levels<false, false>);
   const uint8_t* mask = f.split ? args.mask + row->n * format::mask_bytes_per_row(f) : nullptr;
-  for (int64_t k = first; k < first + count;) {
-    const int64_t g = k / f.group_size;
+  for (int64_t k = first, g = first / f.group_size; k < first + count; ++g) {
     int64_t end = g + 1 < row->groups ? (g + 1) * f.group_size : f.K;
     if (end > first + count) end = first + count;
     const uint8_t* index = row->index + (k - first);

@@ -154,6 +154,11 @@ struct MeasureArgs {
   double* squares;  // [N, 2]: of W, of W - W'
 };
 
+// Counts of different codes lie a little more than their bins apart: an increment whose address looks like that of one
+// still under way, in its low 12 bits, waits for it.
+constexpr int64_t kCountSkew = 128 + 32;
+PRECAL_INLINE int64_t count_stride(int bin_bits) { return (int64_t(1) << bin_bits) + kCountSkew; }
+
 // Rows of x as whole numbers times a scale per span: columns of one group, at most kMaxSpan of them. M rows, cut into
 // panels of tokens that share a load of decoded weights.
 constexpr int64_t kMaxSpan = 128;
@@ -238,7 +243,7 @@ struct KernelTable {
   bool (*pack_rows)(const PackArgs&, int64_t row_begin, int64_t row_end);
   void (*unpack_rows)(const UnpackArgs&, int64_t row_begin, int64_t row_end);
   void (*dequantize_rows)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
-  // Adds to counts [grid_size or 1][2^bin_bits], by code with a trellis: of fewer than 2^32 weights.
+  // Adds to counts [grid_size or 1][count_stride], by code with a trellis: of fewer than 2^32 weights.
   void (*measure_rows)(const MeasureArgs&, int64_t row_begin, int64_t row_end, uint32_t* counts);
   void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
   // The first chunks of 16 rows of codes, as many as this ISA does at once; returns how many.

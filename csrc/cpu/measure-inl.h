@@ -40,6 +40,12 @@ PRECAL_INLINE uint32_t find_bins(const Bins& bins, F32 quotient, I32* bin) {
   return at_most_unsigned(*bin, bins.last);
 }
 
+// index * count_stride
+PRECAL_INLINE I32 first_cell(I32 index, int bin_bits) {
+  static_assert(kCountSkew == (1 << 7) + (1 << 5));
+  return add_word(shift_left(index, bin_bits), add_word(shift_left(index, 7), shift_left(index, 5)));
+}
+
 // A part of a row, padded to whole vectors with what counts nowhere. Cells are found for all of it before they are
 // counted: a narrow load right after the wide store it reads from would wait.
 struct MeasuredPart {
@@ -60,8 +66,8 @@ static void find_outliers(const RowParts& row, int64_t first, int64_t count, uin
 static void find_divisors(const RowParts& row, int64_t first, int64_t count, float* divisor) {
   const format::WeightFormat& f = row.args.format;
   const float row_scale = bf16_to_float(row.args.row_scale[row.n]);
-  for (int64_t k = first; k < first + count;) {
-    const int64_t g = k / f.group_size, group = row.n * row.groups + g;
+  for (int64_t k = first, g = first / f.group_size; k < first + count; ++g) {
+    const int64_t group = row.n * row.groups + g;
     int64_t end = g + 1 < row.groups ? (g + 1) * f.group_size : f.K;
     if (end > first + count) end = first + count;
     const float plain = row_scale * format::load_scale(row.args.scale, group, f.scale_type);
@@ -105,7 +111,7 @@ static void measure_rows_of(const MeasureArgs& args, int64_t row_begin, int64_t 
         noise = add_square(noise, sub(load(part.quantized + i), w));
         I32 cell;
         const uint32_t inside = find_bins(bins, div(w, load(part.divisor + i)), &cell);  // not those of a scale of 0
-        if (by_code) cell = bit_or(cell, shift_left(widen_bytes(row.index + i), args.bin_bits));
+        if (by_code) cell = add_word(cell, first_cell(widen_bytes(row.index + i), args.bin_bits));
         store_words(part.cell + i, cell);
         part.counted[i / kLanes] = uint16_t(inside & ~uint32_t(part.outlier[i / kLanes]));
       }

@@ -413,8 +413,8 @@ Status Measure::run(const TensorView* out) const {
   args.weight.levels = levels;
   while ((int64_t(1) << args.bin_bits) < num_bins) ++args.bin_bits;
   int64_t* counts = out[0].as<int64_t>();
-  const int64_t cells = out[0].numel();
-  std::fill(counts, counts + cells, 0);
+  const int64_t labels = num_labels(f), stride = count_stride(args.bin_bits), cells = labels * stride;
+  std::fill(counts, counts + labels * num_bins, 0);
   std::fill(args.squares, args.squares + 2 * f.N, 0.0);
   const int64_t K = std::max<int64_t>(f.K, 1), most = std::max<int64_t>(1, (int64_t(1) << 31) / K);
   std::mutex lock;
@@ -424,7 +424,9 @@ Status Measure::run(const TensorView* out) const {
       std::fill(local.begin(), local.end(), 0u);
       kernels().measure_rows(args, n, std::min(end, n + most), local.data());
       std::lock_guard<std::mutex> guard(lock);
-      for (int64_t i = 0; i < cells; ++i) counts[i] += local[size_t(i)];
+      for (int64_t i = 0; i < labels; ++i) {
+        for (int64_t b = 0; b < num_bins; ++b) counts[i * num_bins + b] += local[size_t(i * stride + b)];
+      }
     }
   });
   return {};

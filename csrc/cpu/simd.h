@@ -95,6 +95,7 @@ PRECAL_INLINE I32 widen_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+PRECAL_INLINE I32 add_word(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 // a < b ? 1 : 0
 PRECAL_INLINE I32 below(F32 a, F32 b) { return {_mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), 1)}; }
 // a > b ? acc + 1 : acc
@@ -233,6 +234,7 @@ PRECAL_INLINE I32 widen_bytes(const uint8_t* p) {
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+PRECAL_INLINE I32 add_word(I32 a, I32 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 PRECAL_INLINE I32 below(F32 a, F32 b) {
   return {_mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)), 31),
           _mm256_srli_epi32(_mm256_castps_si256(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)), 31)};
@@ -450,6 +452,11 @@ PRECAL_INLINE I32 widen_bytes(const uint8_t* p) {
 PRECAL_INLINE I32 sub_word(I32 a, I32 b) {
   I32 r;
   PRECAL_LANES(r.v, a.v[i] - b.v[i]);
+  return r;
+}
+PRECAL_INLINE I32 add_word(I32 a, I32 b) {
+  I32 r;
+  PRECAL_LANES(r.v, a.v[i] + b.v[i]);
   return r;
 }
 PRECAL_INLINE I32 below(F32 a, F32 b) {
