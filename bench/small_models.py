@@ -213,6 +213,7 @@ def rate(step: int, steps: int, width: int) -> float:
     return highest * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
 
 
+@torch.enable_grad()
 def train(small: Small) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer, and what training.json says."""
     from precal_ext.evaluate import evaluate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,22 @@ def test_the_table_of_faults_has_what_struck(monkeypatch: pytest.MonkeyPatch) ->
         "",
         "2026-01-02; peak of the process: 350 MB (promised 460) on 2.00 GB with `--recipe rtn`.",
     ]
+
+
+def test_a_small_model_is_trained_where_gradients_are_off(tmp_path: Path) -> None:
+    """As in the study of scaling laws, which needs none for the rest."""
+    code = """
+import sys, torch
+from pathlib import Path
+from small_models import Small, make
+
+with torch.no_grad():
+    print(make(Small("llama", 16, 1, 1, 512, 2), Path(sys.argv[1])))
+"""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "bench")))
+    command, environment = [sys.executable, "-c", code, str(tmp_path)], {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = Path(done.stdout.split()[-1])
+    assert json.loads((folder / "training.json").read_text())["steps"] == 2
+    assert (folder / "model.safetensors").exists()
