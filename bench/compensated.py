@@ -24,12 +24,16 @@ def _searched(row: Row) -> str:
     return f"{row['before']:.4f} -> {row['after']:.4f} ({1 - row['after'] / row['before']:.1%})"
 
 
+def _delta(row: Row, kind: str) -> str:
+    return f"{row[f'{kind}_before_delta_nll_nats']:+.4f} -> {row[f'{kind}_after_delta_nll_nats']:+.4f}"
+
+
 def _line(row: Row, first: str) -> str:
-    cells = [row["model"], first, _searched(row), _cell(row, "same"), _cell(row, "other")]
+    cells = [row["model"], first, _searched(row), *(_cell(row, k) for k in KINDS), *(_delta(row, k) for k in KINDS)]
     return f"| {' | '.join(cells)} | {row['codes']:,} | {row['cpu_seconds']:.0f} |"
 
 
-HEADER = ["searched on", "same domain", "other domain", "codes", "CPU s"]
+HEADER = ["searched on", "same domain", "other domain", "dNLL, same", "dNLL, other", "codes", "CPU s"]
 
 
 def _table(data: list[Row], first: str, label: str) -> list[str]:
@@ -63,6 +67,7 @@ def compensation_tables(data: list[Row]) -> str:
         "KLD from the full-precision model, in nats per token, before -> after, and the share of it that is gone.",
         f"Searched on: 16 windows of the domain's text ({tokens} tokens).",
         f"Losses on other text are over {least:,} to {most:,} tokens, with a standard error of {error:.0%} at most.",
+        "dNLL: the rise of the negative log likelihood over full precision, on the same texts.",
         "Codes: how many were changed, over all rounds. A negative share: the KLD is higher than before.",
         "",
         *_table(usual, "recipe, bits: space", "setting"),
@@ -81,15 +86,14 @@ def compensation_tables(data: list[Row]) -> str:
     if pairs:
         lines += [
             "",
-            "The two criteria (precal, 3 bits). dNLL: the rise of the negative log likelihood over full precision, on",
-            "other text of the same domain:",
+            "The two criteria (precal, 3 bits); dNLL on other text of the same domain:",
             "",
             "| model | space, criterion | same domain | other domain | dNLL |",
             "|---|---|---|---|---|",
         ]
         for r in pairs:
-            delta = f"{r['same_before_delta_nll_nats']:+.4f} -> {r['same_after_delta_nll_nats']:+.4f}"
-            lines.append(f"| {r['model']} | {r['trial']} | {_cell(r, 'same')} | {_cell(r, 'other')} | {delta} |")
+            cells = [r["model"], r["trial"], _cell(r, "same"), _cell(r, "other"), _delta(r, "same")]
+            lines.append(f"| {' | '.join(cells)} |")
     times = {r["recipe"]: r["requantize_ns"] for r in data if r["bits"] == 3 and "requantize_ns" in r}
     if times:
         named = ", ".join(f"{ns:.0f} ns (recipe {recipe})" for recipe, ns in times.items())

@@ -48,7 +48,7 @@ compared by hand and has no figures here.
   prefetches 0 to 16 KB ahead, to L1 and to L2, the next two tiles as a whole to L2, one stream of tiles instead of two.
   The kept one (4 KB ahead in each of two streams of tiles, following the stream across tiles) was the best of these in
   DRAM. Four streams are no faster than two where nothing but reading is done. Weights lie in huge pages where Linux
-  gives them on request (`prepack` asks; numpy, whose arrays these cells use, asks by itself): small ones cost some 5 %.
+  gives them on request (`prepack` asks; numpy, whose arrays these cells use, asks by itself): small ones are slower.
 - **M = 1 from L3** (wanted: 150 GB/s in a8, 100 in a16): the core, not the cache. One thread is no faster from L2 than
   from L3, and far from reading either (table below). By count a register of 128 codes takes 5 instructions to decode, 2
   dots and 3 loads in a8, in a16 4 dots and 5 loads; sums and scales of a group and outliers come on top. Two such

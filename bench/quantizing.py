@@ -16,29 +16,29 @@ and read are torch's, of as many bytes as the weight has. In detail: `bench/quan
 QUOTED = (("ggml Q4_0", 5.8), ("ggml Q3_K", 0.69), ("ggml Q4_K", 0.155), ("ggml IQ4_NL", 0.044), ("ggml IQ3_S", 0.029))
 
 LIMITS = """\
-What limits them. **Recipe precal**: about one vector instruction per weight and candidate scale (62 for 64 rows: one
-multiplication and four lookups, then a square per subset of levels and the add-compare-select of four states) and
-eight scales, so 3 to 4 cycles; the rest is reading the weight twice, turning it so that rows become lanes, and turning
-the codes back. **histogram**: a load of an index and an increment in memory per weight are three quarters of it, and
-what counts is how much of the first level cache the counts take: four per bin against waiting for a neighbour were a
-tenth slower than two (and no faster where weights are all alike), four tables apart slower still, and so was one
-branch for 512 weights instead of 32; one count per bin would gain another twentieth here and lose it where weights are
-alike. Asking for weights two pages ahead gained a twentieth, floors in one instruction and a loop without choices of
-dtype the rest. **salience_threshold** on one thread is bound by memory: the largest magnitude alone takes 0.40 to 0.44
-cycles per weight, the pass that also counts and collects 0.45, the sample and the end 0.02 each. What it took: no
-branch per candidate or four vectors but a list, four pages ahead asked for instead of one (0.52 against 0.41 in a loop
-of its own), and a sample of whole cache lines, so that 0.6 % of the weights are collected, not 1 %. In bfloat16 it is
-bound by its instructions, sixteen weights at a time. **Recipe paper** is the threshold, 0.5 cycles, and one kernel,
-0.9: magnitudes and mask 0.36, codes 0.34, packing 0.09, scales 0.05; fresh pages for 10 MB of results are the rest.
-Before, mask, codes (2.2 cycles) and packing went through memory and a division per weight, now a multiplication and
-two fused ones with the same bits. Next would be to reduce the maxima of several groups at once. **200 x hqq** would be
-2.2 cycles per weight, which the recipes paper and rtn keep to; the default spends its ten on the trellis, for quality.
-**kl_nats** is the op `measure`, which makes SQNR in the same pass: a weight in cache takes 1 cycle for W' (codes,
-trellis, levels, scales), 1 for its quotient, its bin and the squares (a division costs nothing beside them), and 1 to
-be counted, 2 with a trellis, where it is counted by code: increments wait for others under way that have the same low
-bits of the address. Rows of counts a little apart took a tenth off; XOR of the address with the code, pairs of
-addresses in one load and a smaller part of a row brought nothing. Next would be counts by code only at the ends of
-each code's bins."""
+What limits them; parts of an op were timed and compared by hand, and no command repeats that. **Recipe precal**: about
+one vector instruction per weight and candidate scale (62 for 64 rows: one multiplication and four lookups, then a
+square per subset of levels and the add-compare-select of four states) and eight scales, so 3 to 4 cycles; the rest is
+reading the weight twice, turning it so that rows become lanes, and turning the codes back. **histogram**: a load of an
+index and an increment in memory per weight are three quarters of it, and what counts is how much of the first level
+cache the counts take: four per bin against waiting for a neighbour were a tenth slower than two (and no faster where
+weights are all alike), four tables apart slower still, and so was one branch for 512 weights instead of 32; one count
+per bin would gain another twentieth here and lose it where weights are alike. Asking for weights two pages ahead
+gained a twentieth, floors in one instruction and a loop without choices of dtype the rest. **salience_threshold** on
+one thread is bound by memory: the largest magnitude alone takes 0.40 to 0.44 cycles per weight, the pass that also
+counts and collects 0.45, the sample and the end 0.02 each. What it took: no branch per candidate or four vectors but a
+list, four pages ahead asked for instead of one (0.52 against 0.41 in a loop of its own), and a sample of whole cache
+lines, so that 0.6 % of the weights are collected, not 1 %. In bfloat16 it is bound by its instructions, sixteen
+weights at a time. **Recipe paper** is the threshold, 0.5 cycles, and one kernel, 0.9: magnitudes and mask 0.36, codes
+0.34, packing 0.09, scales 0.05; fresh pages for 10 MB of results are the rest. Before, mask, codes (2.2 cycles) and
+packing went through memory and a division per weight, now a multiplication and two fused ones with the same bits. Next
+would be to reduce the maxima of several groups at once. **200 x hqq** would be 2.2 cycles per weight, which the
+recipes paper and rtn keep to; the default spends its ten on the trellis, for quality. **kl_nats** is the op `measure`,
+which makes SQNR in the same pass: a weight in cache takes 1 cycle for W' (codes, trellis, levels, scales), 1 for its
+quotient, its bin and the squares (a division costs nothing beside them), and 1 to be counted, 2 with a trellis, where
+it is counted by code: increments wait, it seems, for others under way that have the same low bits of the address. Rows
+of counts a little apart took up to a tenth off; XOR of the address with the code, pairs of addresses in one load and a
+smaller part of a row brought nothing. Next would be counts by code only at the ends of each code's bins."""
 
 
 def cell(row: Row | None) -> str:

@@ -1,8 +1,8 @@
 """How the threads of a command wait for each other. OpenMP reads it once, when torch loads it.
 
 By default a thread that is done spins until the others are. Commands that quantize run many short parallel steps, and
-where others want the cores too, a thread that spins keeps off the one it waits for, and the work takes several times
-as long as with threads that sleep. On a machine of its own ``bench/quantize_checkpoint.py`` shows no difference.
+where others want the cores too, a thread that spins keeps off the one it waits for, and the work takes longer than
+with threads that sleep.
 """
 
 from __future__ import annotations

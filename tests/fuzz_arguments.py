@@ -260,6 +260,14 @@ def dequantize(s: Source) -> Arguments:
     }
 
 
+def measure(s: Source) -> Arguments:
+    """With a weight whose levels it may have nothing to do with."""
+    a = dequantize(s)
+    w, bins = s.weight(a["packed"].shape[0], a["K"]), s.one(2, 256, 2048)
+    segment = a.pop("segment")
+    return {"w": w, **a, "num_bins": bins, "half": s.one(1.0, 16.0, 256.0, 65536.0), "segment": segment}
+
+
 def numbers_of(a: Arguments) -> Arguments:
     """What unprepack and linear want to know of a weight."""
     return {
@@ -293,8 +301,8 @@ BUILDERS: dict[str, Callable[[Source], Arguments]] = {
     f.__name__: f
     for f in (
         soft_threshold, salience_threshold, salience_mask, histogram, spread_codes, kl_divergence, fit_grid,
-        quantize_groups, quantize_split, quantize_salient, pack, unpack, dequantize, prepacked_bytes, words_per_row,
-        set_num_threads,
+        quantize_groups, quantize_split, quantize_salient, pack, unpack, dequantize, measure, prepacked_bytes,
+        words_per_row, set_num_threads,
     )
 }  # fmt: skip
 BUILDERS["prepack"] = dequantize

@@ -139,6 +139,7 @@ void every_op() {
     (split ? weights.outlier_scale : weights.outlier_index) = q[3].view;
     (split ? weights.mask : weights.outlier_value) = q[4].view;
     check("dequantize", cpu::Dequantize{weights});
+    check("measure", cpu::Measure{W, weights, 64, 256.0});
     const auto prepacked = check("prepack", cpu::Prepack{weights});
     const cpu::PrepackedWeight whole{
         prepacked[0].view,         kN, kK, bits, kGroup, c, levels.present ? levels.numel() : 0, split,

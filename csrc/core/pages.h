@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Huge pages for memory that is read from end to end again and again: with small ones a stream stops at every 4 KB for
-// a translation, which costs `linear` some 5 % of the bandwidth of DRAM.
+// a translation, which costs `linear` some of the bandwidth of DRAM.
 #pragma once
 
 #include <cstdint>

@@ -154,8 +154,8 @@ struct MeasureArgs {
   double* squares;  // [N, 2]: of W, of W - W'
 };
 
-// Counts of different codes lie a little more than their bins apart: an increment whose address looks like that of one
-// still under way, in its low 12 bits, waits for it.
+// Counts of different codes lie a little more than their bins apart: a load may wait for a store still under way whose
+// address has the same low 12 bits.
 constexpr int64_t kCountSkew = 128 + 32;
 PRECAL_INLINE int64_t count_stride(int bin_bits) { return (int64_t(1) << bin_bits) + kCountSkew; }
 
