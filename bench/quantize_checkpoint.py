@@ -6,7 +6,7 @@
 The model is a made-up Llama in bfloat16 (random weights, layers alike) of about so many GB, written to a folder of its
 own in DIR and removed at the end. Stages overlap, so their times may add up to more than the whole: "wall" of a stage
 is the time its thread worked, "cpu" the CPU time of that thread; kernels on further threads count as wall only. "plan"
-is what comes before: finding the linear layers with the help of transformers.
+is what comes before: reading headers and finding the linear layers.
 """
 
 from __future__ import annotations

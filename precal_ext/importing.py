@@ -130,7 +130,7 @@ def _linears(packed: PackedModel) -> LinearModules:
         found = find_linears(packed.folder, packed.config, shapes, QuantizeConfig())
     except SelectionError:  # an architecture that nobody here knows
         found = LinearModules(tuple(here), frozenset(), frozenset(), frozenset(), {}, "the names of packed weights")
-    if found.source == "transformers":
+    if found.complete:
         files = {w.module: next(iter(w.tensors.values())).file for w in packed.weights}
         strange = next((m for m in here if m not in found.names), None)
         if strange is not None:

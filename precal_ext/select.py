@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from precal_ext.architectures import known_linears
 from precal_ext.config import MODULE_FIELDS, ModelFormat, QuantizeConfig, same_experts
 from precal_ext.headers import impossible_settings
 from precal_ext.mixtures import block_of, find_experts, is_expert, pooled
@@ -252,7 +253,8 @@ class LinearModules:
         heads, tied: the output heads, and those that share their weight, among them.
         absent: linears of the model without a weight of their own in the checkpoint, by name in the model.
         model_names: checkpoint name -> name in the model, where they differ.
-        source: how they were found.
+        source: how they were found: "architecture", "transformers", "name patterns" or "include"; the first two know
+            the model.
         shared: output head that is absent -> the tensor of the checkpoint whose weight it uses.
         unbiased: those that have no bias in the model, where the model is known.
         conv1d: those whose weight is [K, N] in the checkpoint.
@@ -271,6 +273,11 @@ class LinearModules:
     conv1d: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
 
+    @property
+    def complete(self) -> bool:
+        """Whether all linear modules of the model are known, rather than those with known names."""
+        return self.source in ("architecture", "transformers")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``from_dict`` gives the same back."""
         return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in dataclasses.asdict(self).items()}
@@ -287,8 +294,9 @@ def find_linears(
 ) -> LinearModules:
     """Linear modules of a model directory whose weight is a matrix of the checkpoint.
 
-    On transformers' model, built without memory on the meta device, when it is installed and knows the architecture;
-    else by name for the architectures of a list; else by ``include`` alone.
+    By the config alone for well-known decoders whose checkpoint has all linears under the usual names; else on
+    transformers' model, built without memory on the meta device, when it is installed and knows the architecture; else
+    by name for the architectures of a list; else by ``include`` alone.
 
     Raises:
         SelectionError: unknown architecture and no ``include``.
@@ -298,7 +306,7 @@ def find_linears(
     }
     for problem in impossible_settings(model_config, len(shapes)):
         raise SelectionError(f"{folder / 'config.json'}: {problem}")
-    found = _from_transformers(folder, matrices)
+    found = _from_config(model_config, matrices, shapes) or _from_transformers(folder, matrices)
     if found is None:
         architectures = [str(a) for a in model_config.get("architectures") or []]
         names: set[str] = set()
@@ -325,7 +333,7 @@ def find_linears(
         sets = frozenset(head & matrices), frozenset(tied & matrices), frozenset(head - matrices)
         found = LinearModules(tuple(names), *sets, {}, source, shared, conv1d=frozenset(conv1d))
     extra = {name for name in matrices - set(found.names) if _first_match(config.include, name) is not None}
-    if found.source == "transformers" and extra:
+    if found.complete and extra:
         some = ", ".join(sorted(extra)[:3])
         raise SelectionError(
             f"select: --include must match linear layers only, got {list(config.include)}, which matches {some}: "
@@ -334,6 +342,26 @@ def find_linears(
     order = {name: i for i, name in enumerate(shapes)}
     names_in_order = sorted(set(found.names) | extra, key=lambda n: order[n + ".weight"])
     return dataclasses.replace(found, names=tuple(names_in_order))
+
+
+def _from_config(
+    model_config: Mapping[str, Any], matrices: set[str], shapes: Mapping[str, tuple[int, ...]]
+) -> LinearModules | None:
+    """What the config says, where the checkpoint agrees; None where somebody else is to be asked."""
+    known = known_linears(model_config, len(shapes))
+    if known is None:
+        return None
+    absent = set(known.names) - matrices
+    shared = {}
+    if absent == {known.head} and known.tied and known.embedding in shapes:
+        shared = {known.head: known.embedding}
+    elif absent:
+        return None  # tensors are missing, or have other names
+    heads = frozenset({known.head}) - absent
+    tied = heads if known.tied else frozenset()
+    names = tuple(name for name in known.names if name in matrices)
+    unbiased = known.unbiased - absent
+    return LinearModules(names, heads, tied, frozenset(absent), {}, "architecture", shared, unbiased=unbiased)
 
 
 def _from_transformers(folder: Path, matrices: set[str]) -> LinearModules | None:

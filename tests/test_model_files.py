@@ -60,7 +60,7 @@ def test_the_report_names_every_tensor(tmp_path: Path, tiny: Path, recipe: str) 
     data = read(tmp_path / "out" / "precal_report.json")
     assert data == json.loads(report.to_json())
     assert QuantizeConfig.from_dict(data["config"]) == config
-    assert data["notes"] == ["linear layers found by transformers"]
+    assert data["notes"] == ["linear layers found by architecture"]
     by_action: dict[str, list[str]] = {"quantize": [], "keep": [], "copy": []}
     for entry in data["tensors"]:
         by_action[entry["action"]].append(entry["tensor"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,17 @@ from conftest import shared
 from models import DEMO, edit_config, logits, save_tiny, tiny_model
 
 from precal_ext import QuantizeConfig, SelectionError, load_quantized, quantize_checkpoint
+from precal_ext.architectures import _DECODERS
 from precal_ext.checkpoint import read_config, read_index
-from precal_ext.select import LinearModules, decide, find_linears, fusion_set_of, model_format
+from precal_ext.select import (
+    LinearModules,
+    _from_config,
+    _from_transformers,
+    decide,
+    find_linears,
+    fusion_set_of,
+    model_format,
+)
 
 pytest_plugins = ["package_fixtures"]
 
@@ -161,7 +173,8 @@ def test_the_linears_of_an_architecture(
     chosen = [d.module for d in decide(found.names, QuantizeConfig(), found.heads, found.tied) if d.quantized]
     assert set(chosen) == {f"{prefix}.{i}.{leaf}" for i in range(2) for leaf in leaves}
     assert len(chosen) == len(set(chosen))
-    assert found.source == ("transformers" if installed else "name patterns")
+    known = architecture in ("Gemma", "Llama", "Mistral", "Qwen3")
+    assert found.source == ("architecture" if known else "transformers" if installed else "name patterns")
     assert found.heads == ({head} if head else set())
     if head is None:
         assert found.absent == {"lm_head"}
@@ -231,9 +244,11 @@ def test_a_tied_head_that_is_in_the_file_is_copied(tmp_path: Path) -> None:
     }
 
 
-def test_include_adds_matrices_that_were_not_found(tiny: Path, without_transformers: None) -> None:
-    assert "model.embed_tokens" not in found_in(tiny).names
-    assert "model.embed_tokens" in found_in(tiny, QuantizeConfig(include=("embed",))).names
+def test_include_adds_matrices_that_were_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "model", "Phi")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "model.embed_tokens" not in found_in(folder).names
+    assert "model.embed_tokens" in found_in(folder, QuantizeConfig(include=("embed",))).names
 
 
 @pytest.mark.parametrize(
@@ -268,13 +283,111 @@ def test_a_new_head_on_a_quantized_model_is_dense(tiny_quantized: Path) -> None:
     assert type(model.score) is torch.nn.Linear
 
 
+# ---- by the config alone ---------------------------------------------------------------------------------------------
+
+
+def named_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def said_by(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> LinearModules | None:
+    matrices = {n.removesuffix(".weight") for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+    return _from_config(config, matrices, shapes)
+
+
+def switches() -> list[Any]:
+    """Each decoder of the list with what its config may say: nothing, and each value of each switch."""
+    cases = []
+    for (model_type, architecture), decoder in _DECODERS.items():
+        keys = ["tie_word_embeddings", *filter(None, decoder.biases)]
+        said: list[dict[str, bool]] = [{}, *({key: value} for key in keys for value in (False, True))]
+        cases += [pytest.param(model_type, architecture, s, id=f"{architecture}-{s}") for s in said]
+    return cases
+
+
+@pytest.mark.parametrize(("model_type", "architecture", "said"), switches())
+def test_a_config_says_what_transformers_model_says(
+    tmp_path: Path, model_type: str, architecture: str, said: dict[str, bool]
+) -> None:
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    config = {
+        "model_type": model_type, "architectures": [architecture], "vocab_size": 64, "hidden_size": 32,
+        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 64, **said,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    shapes = named_shapes(model)
+    for present in (True, False):
+        if not present:
+            del shapes["lm_head.weight"]
+        matrices = {n.removesuffix(".weight") for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+        theirs = _from_transformers(tmp_path, matrices)
+        ours = said_by(config, shapes)
+        assert theirs is not None
+        if theirs.missing:
+            assert ours is None  # a head that is neither there nor the embedding: transformers is asked
+            continue
+        assert ours is not None
+        assert sorted(ours.names) == sorted(theirs.names)
+        assert dataclasses.replace(ours, names=theirs.names, source="transformers") == theirs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mistral"}, {"model_type": ["llama"]}, {"model_type": None}, {"architectures": []},
+        {"architectures": "LlamaForCausalLM"}, {"architectures": [["LlamaForCausalLM"]]},
+        {"architectures": ["LlamaModel"]}, {"architectures": ["LlamaForCausalLM", "LlamaModel"]},
+        {"num_hidden_layers": 7}, {"num_hidden_layers": 0}, {"num_hidden_layers": True}, {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 10**18}, {"tie_word_embeddings": None}, {"tie_word_embeddings": 1},
+        {"attention_bias": "no"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_is_odd_is_left_to_transformers(change: dict[str, Any]) -> None:
+    config, shapes = {**read_config(DEMO)}, {name: info.shape for name, info in read_index(DEMO).items()}
+    assert said_by(config, shapes) is not None
+    assert said_by({**config, **change}, shapes) is None
+
+
+def test_a_checkpoint_that_differs_is_left_to_transformers() -> None:
+    config, shapes = read_config(DEMO), {name: info.shape for name, info in read_index(DEMO).items()}
+    prefixed = {f"base.{name}": shape for name, shape in shapes.items()}
+    assert said_by(config, prefixed) is None
+    flat = {**shapes, "model.layers.0.mlp.up_proj.weight": (1, 2, 3)}
+    assert said_by(config, flat) is None
+    more = {**shapes, "model.layers.0.mlp.adapter.weight": (4, 4)}
+    found, usual = said_by(config, more), said_by(config, shapes)
+    assert found == usual
+
+
+def test_a_known_model_is_quantized_without_another_process(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(folder: Path) -> dict[str, Any]:
+        raise AssertionError(folder)
+
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setattr("precal_ext.select._ask_another_process", never)
+    assert quantize_checkpoint(tiny, tmp_path / "out").quantized
+
+
 # ---- without transformers --------------------------------------------------------------------------------------------
 
 
-def test_the_same_choice_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_it = found_in(DEMO)
+@pytest.mark.parametrize("architecture", ["Llama", "Phi"])
+def test_the_same_choice_without_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    folder = DEMO if architecture == "Llama" else save_tiny(tmp_path / "model", architecture)
+    with_it = found_in(folder)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    without = found_in(DEMO)
+    without = found_in(folder)
     assert (without.names, without.heads, without.tied, without.absent) == (
         with_it.names, with_it.heads, with_it.tied, with_it.absent,
     )  # fmt: skip
@@ -284,12 +397,13 @@ def test_the_same_choice_without_transformers(monkeypatch: pytest.MonkeyPatch) -
     ("limit", "reason"), [("ANSWER_SECONDS", "no answer after"), ("ANSWER_MEMORY", "(Memory|memory|bad_alloc)")]
 )
 def test_a_config_that_takes_too_long_or_too_much_is_read_by_name(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: str, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: str, reason: str
 ) -> None:
     """transformers builds the model in a process of its own, which has an end."""
+    folder = save_tiny(tmp_path / "model", "Phi")
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     monkeypatch.setattr("precal_ext.select." + limit, 0.05 if limit == "ANSWER_SECONDS" else 20 << 20)
-    found = found_in(tiny)
+    found = found_in(folder)
     assert found.source == "name patterns"
     assert re.search(rf"transformers cannot build this model \(.*{reason}.*\); choosing by name", caplog.text)
 
