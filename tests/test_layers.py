@@ -51,6 +51,7 @@ ORDER = [
     "uniform",
     "headers",
     "mixtures",
+    "architectures",
     "select",
     "digest",
     "foreign",
