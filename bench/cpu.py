@@ -10,9 +10,10 @@ combination; --only picks cells by name. Shapes are N x K. Where `linear` has no
 
 Every contender is a process of its own and one of them works at a time. Rounds go through all contenders of a (shape,
 M), the limits first; a turn is the median of --turn-ms. Turns in which others used 10 % or more of the CPU are dropped
-and rounds added (at most 3 x --rounds), so this wants a quiet machine. A row is the median over turns; its share of the
-limit is paired inside rounds, because memory bandwidth drifts. For M < 64 weights are cold: copies that differ, more
-than 4 x L3 in all, one after the other. Every result is checked against float64 on the dequantized weight first.
+and rounds added (at most 3 x as many), so this wants a quiet machine. A row is the median over turns; its share of the
+limit and its ratios to other rows are paired inside rounds, because memory bandwidth drifts. For M < 64 weights are
+cold: copies that differ, more than 4 x L3 in all, one after the other; turns are shorter then and rounds more
+(--cold-turn-ms, --cold-rounds). Every result is checked against float64 on the dequantized weight first.
 `bench/report.py` makes docs/performance.md from the results.
 """
 
@@ -160,14 +161,23 @@ class Worker:
             self.process.wait()
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A clean one: microseconds of a call, its round, and what the limits were in that round where that is known."""
+
+    us: float
+    round: int
+    limits: dict[str, float | None] | None
+
+
 @dataclass
 class Entry:
-    """A contender's case at one point, and its clean turns as (microseconds, limits of the round or None)."""
+    """A contender's case at one point."""
 
     worker: Worker
     format: str
     facts: dict[str, Any]
-    turns: list[tuple[float, dict[str, float | None] | None]]
+    turns: list[Turn]
     dropped: int = 0
     foreign: float = 0.0
 
@@ -183,15 +193,16 @@ def bound(facts: dict[str, Any], ops: float, limits: dict[str, float | None]) ->
 
 def figures(entry: Entry, N: int, K: int, M: int) -> Row:
     ops = 2.0 * M * N * K
-    us = statistics.median(us for us, _ in entry.turns)
-    pairs = [(us_, limits) for us_, limits in entry.turns if limits is not None]
+    us = statistics.median(t.us for t in entry.turns)
+    pairs = [(t.us, t.limits) for t in entry.turns if t.limits is not None]
     bounds = [(b, us_) for us_, limits in pairs if (b := bound(entry.facts, ops, limits)) is not None]
     names = [b[1] for b, _ in bounds]
     shares = [b[0] / us_ for b, us_ in bounds]
     return {
         "us": round(us, 2),
-        "us_min": round(min(us for us, _ in entry.turns), 2),
-        "us_max": round(max(us for us, _ in entry.turns), 2),
+        "us_min": round(min(t.us for t in entry.turns), 2),
+        "us_max": round(max(t.us for t in entry.turns), 2),
+        "us_of_rounds": {str(t.round): round(t.us, 2) for t in entry.turns},
         "gbps": round(entry.facts["packed_bytes"] / us * 1e-3, 2),
         "gops": round(ops / us * 1e-3, 2),
         "limit": statistics.mode(names) if names else None,
@@ -249,7 +260,7 @@ class Bench:
                 self.leave_out(worker, f"{N}x{K} M={M} {format_}", answer["failed"])
             else:
                 entries.append(Entry(worker, format_, answer, []))
-        self.rounds(entries)
+        self.rounds(entries, cold=M < COLD_BELOW)
         for entry in entries:
             name = f"{N}x{K} M={M} {entry.format}"
             if not entry.turns:
@@ -257,25 +268,30 @@ class Bench:
                 continue
             self.put(entry, N, K, M)
 
+    def turns(self, cold: bool) -> tuple[int, float]:
+        """How many rounds, and milliseconds of a turn."""
+        return (self.args.cold_rounds, self.args.cold_turn_ms) if cold else (self.args.rounds, self.args.turn_ms)
+
     def leave_out(self, worker: Worker, name: str, why: str) -> None:
         print(f"{name} is left out: {why}", file=sys.stderr)
         if worker is self.precal:
             self.missing.append(name)
 
-    def rounds(self, entries: list[Entry]) -> None:
-        for i in range(3 * self.args.rounds):
-            waiting = [e for e in entries if len(e.turns) < self.args.rounds]
+    def rounds(self, entries: list[Entry], cold: bool) -> None:
+        rounds, turn_ms = self.turns(cold)
+        for i in range(3 * rounds):
+            waiting = [e for e in entries if len(e.turns) < rounds]
             if not waiting:
                 break
             limits = self.measured_limits()
             for entry in itertools.islice(itertools.cycle(waiting), i % len(waiting), i % len(waiting) + len(waiting)):
                 time.sleep(self.args.pause_ms / 1000)  # the last one's threads stop spinning
-                answer = entry.worker.ask("turn", case=entry.format, seconds=self.args.turn_ms / 1000)
+                answer = entry.worker.ask("turn", case=entry.format, seconds=turn_ms / 1000)
                 foreign = answer.get("foreign") or 0.0
                 if "failed" in answer or foreign >= self.args.foreign:
                     entry.dropped += 1
                     continue
-                entry.turns.append((answer["us"], limits))
+                entry.turns.append(Turn(answer["us"], i, limits))
                 entry.foreign = max(entry.foreign, foreign)
 
     def measured_limits(self) -> dict[str, float | None] | None:
@@ -290,6 +306,7 @@ class Bench:
 
     def put(self, entry: Entry, N: int, K: int, M: int) -> None:
         ours = entry.worker is self.precal
+        rounds, turn_ms = self.turns(M < COLD_BELOW)
         row = {
             "shape": f"{N}x{K}",
             "M": M,
@@ -301,8 +318,8 @@ class Bench:
             "copies": entry.facts["copies"],
             "error": float(f"{entry.facts['error']:.3g}"),
             "run": self.run,
-            "rounds": self.args.rounds,
-            "turn_ms": self.args.turn_ms,
+            "rounds": rounds,
+            "turn_ms": turn_ms,
             "threads": self.args.threads,
             "commit": commit(),
             "python": platform.python_version(),
@@ -334,6 +351,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=cpus)
     p.add_argument("--rounds", type=int, default=5, help="clean turns of every contender")
     p.add_argument("--turn-ms", type=float, default=150)
+    p.add_argument("--cold-rounds", type=int, default=15, help="the same for M < 64, where memory drifts")
+    p.add_argument("--cold-turn-ms", type=float, default=50)
     p.add_argument("--pause-ms", type=float, default=15, help="between turns")
     p.add_argument("--foreign", type=float, default=FOREIGN_LIMIT, help="share of others' CPU time that spoils a turn")
     p.add_argument("--cold-mb", type=int, default=0, help="weights of M < 64 in all (default: 4 x L3)")

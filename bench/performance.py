@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rows import Row
-from targets import best_peer, dense, ours, target_lines
+from targets import best_peer, dense, ours, target_lines, time_over
 from whole_models import models_section, served_section
 
 LIMITS = {
@@ -23,9 +23,10 @@ EMPTY = "No run of `make bench-cpu` is committed yet: it wants a quiet machine."
 HOW = """\
 Median time of a call, with every thread of the machine. The percentage is the share of what the machine could do at
 most, by the limit that binds: reading the packed weight from memory (`read`), or multiply-adds of the kind that the
-mode allows (`fp32`, `bf16`, `int8`). Limits are measured in the same rounds and shares paired inside them, because
-memory bandwidth drifts. For M < 64 weights are cold: copies that differ, together more than 4 x L3; from M = 64 on
-there is one copy, which may stay in L3. Every result was checked against float64. In detail: `bench/cpu.py`.
+mode allows (`fp32`, `bf16`, `int8`). Limits are measured in the same rounds; shares and ratios are paired inside them
+(medians over rounds), because memory bandwidth drifts. For M < 64 weights are cold: copies that differ, together more
+than 4 x L3; from M = 64 on there is one copy, which may stay in L3. Every result was checked against float64. In
+detail: `bench/cpu.py`.
 
 Modes: `a16` keeps activations in 16 bits, `a8` rounds them to int8 inside the call, `f32` computes in float32. A peer
 is compared with ours of the same kind: one that rounds activations to int8 with `a8`, one that does not with `a16` and
@@ -93,7 +94,7 @@ def shapes(data: list[Row]) -> list[str]:
 def times(row: Row, rival: Row | None) -> str:
     if rival is None:
         return "-"
-    ratio = rival["us"] / row["us"]
+    ratio = time_over(rival, row)
     return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
 
 

@@ -186,7 +186,22 @@ def test_a_contender_that_takes_too_long_is_ended(cpu: ModuleType) -> None:
 # ---- a small run -----------------------------------------------------------------------------------------------------
 
 CELLS = ["64x256 M=1 4b g64 c1 trellis a8", "64x256 M=65 3b g32 c0 plain a16"]
-QUICK = ["--threads", "1", "--rounds", "2", "--turn-ms", "1", "--pause-ms", "0", "--cold-mb", "1"]
+QUICK = [
+    "--threads",
+    "1",
+    "--rounds",
+    "2",
+    "--turn-ms",
+    "1",
+    "--cold-rounds",
+    "2",
+    "--cold-turn-ms",
+    "1",
+    "--pause-ms",
+    "0",
+    "--cold-mb",
+    "1",
+]
 
 
 def bench(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -241,12 +256,17 @@ def test_the_limit_is_the_one_that_binds(cpu: ModuleType) -> None:
 
 def test_shares_are_paired_inside_rounds(cpu: ModuleType) -> None:
     slow = {**LIMITS, "dram_read": 25.0}
-    turns = [(200.0, LIMITS), (400.0, slow), (300.0, None)]  # twice the bound whenever it is known
+    turns = [
+        cpu.Turn(200.0, 0, LIMITS),
+        cpu.Turn(400.0, 1, slow),
+        cpu.Turn(300.0, 3, None),
+    ]  # twice the bound whenever it is known
     entry = cpu.Entry(None, "x", {"packed_bytes": 5_000_000, "mode": "a8"}, turns, dropped=1)
     row = cpu.figures(entry, 1, 1, 1)
     assert (row["us"], row["us_min"], row["us_max"], row["turns"], row["dropped"]) == (300.0, 200.0, 400.0, 3, 1)
     assert row["share"] == 0.5 and row["limit"] == "dram_read" and row["limits"]["dram_read"] == 37.5
-    alone = cpu.figures(cpu.Entry(None, "x", entry.facts, [(300.0, None)]), 1, 1, 1)
+    assert row["us_of_rounds"] == {"0": 200.0, "1": 400.0, "3": 300.0}
+    alone = cpu.figures(cpu.Entry(None, "x", entry.facts, [cpu.Turn(300.0, 0, None)]), 1, 1, 1)
     assert (alone["us"], alone["share"], alone["limit"], alone["limits"]) == (300.0, None, None, {})
 
 
@@ -278,6 +298,18 @@ def test_a_peer_is_compared_with_the_same_run_and_kind_only(load: Any) -> None:
     assert "| 1 | 4b g64 c1 trellis a8 | 100 | 50% read | fast int8 | 150 | 50% read | 1.50 | 8.00 |" in lines
     assert "| 1 | 4b g64 c1 trellis a16 | 200 | 50% read | sixteen | 120 | 50% read | **0.60** | 4.00 |" in lines
     assert "| 1 | 3b g64 c1 trellis a8 | 80.0 | - | - | - | - | - | - |" in lines
+
+
+def test_ratios_are_paired_inside_rounds(load: Any) -> None:
+    """Memory was slow when one was measured first, and the other when it was."""
+    targets = load("targets")
+    own = row("precal 4b g64 c1 trellis a8", "precal", "a8", 100.0, us_of_rounds={"0": 100.0, "1": 200.0, "2": 90.0})
+    twice = row("p", "p 1", "a8", 250.0, us_of_rounds={"1": 400.0, "2": 180.0, "3": 250.0, "4": 1000.0})
+    faster = row("q", "p 1", "a8", 260.0, us_of_rounds={"0": 150.0, "1": 260.0, "2": 300.0})
+    assert targets.time_over(twice, own) == 2.0 and targets.time_over(faster, own) == 1.5
+    assert targets.best_peer([own, twice, faster], own) is faster
+    assert targets.time_over({**twice, "run": "r2"}, own) == 2.5  # rounds of another run are others
+    assert targets.time_over(row("r", "p 1", "a8", 50.0), own) == 0.5
 
 
 def test_the_page_has_every_peer_limit_and_run(load: Any) -> None:
