@@ -44,21 +44,22 @@ Counts are of the AVX-512 kernels (csrc/cpu/linear_int8_avx512-inl.h), per step 
 instructions unless said otherwise; a Zen 5 core starts two dots and two vector loads a cycle. What is called tried was
 compared by hand and has no figures here.
 
-- **M = 1** (wanted: 95 % of reading DRAM, 92 % with 3 bits): 2.5 to decode 64 codes of 4 bits, one dot, one load of
-  activations: by count less than DRAM needs, so requests in flight are missing rather than instructions. Tried:
-  prefetches 0 to 16 KB ahead, to L1 and to L2, the next two tiles as a whole to L2, one stream of tiles instead of two.
-  The kept one (4 KB ahead in each of two streams of tiles, following the stream across tiles) was the best of these in
-  DRAM. Four streams are no faster than two where nothing but reading is done. Weights lie in huge pages where Linux
-  gives them on request (`prepack` asks; numpy, whose arrays these cells use, asks by itself): small ones are slower.
+- **M = 1** (wanted: 95 % of reading DRAM, 92 % with 3 bits): memory, not instructions: reading the same bytes in the
+  same order without decoding them takes as long. What the order is matters most. Two tiles at a time share their
+  activations, and as two streams 34 KB apart they were read 7 to 9 % slower than now, as one: their chunks lie by turns
+  (csrc/format/prepacked.h). Tried: prefetches 1 to 24 KB ahead, to L1, to L2, past the caches, at two distances, the
+  next pair as a whole to L2 (8 KB ahead to L1 is the best, by 2 to 16 %); four streams; huge pages or small ones (no
+  difference on this machine). A call costs 2 to 3 us beside the weight, and two threads that end apart some more.
 - **M = 1 from L3** (wanted: 150 GB/s in a8, 100 in a16): the core, not the cache. One thread is no faster from L2 than
   from L3, and far from reading either (table below). By count a register of 128 codes takes 5 instructions to decode, 2
   dots and 3 loads in a8, in a16 4 dots and 5 loads; sums and scales of a group and outliers come on top. Two such
   registers in nine cycles are 14 bytes a cycle, 55 GB/s at 4 GHz: 150 GB/s are three cores' work. Next: fewer selects
   in the decode, which need another order of the codes in memory.
-- **M = 4 and 16** (wanted: 1.5 x the best peer): sums of up to 16 tokens x planes stand in registers, so a dot needs
-  a load of its own for its four activations: loads and dots are even at two a cycle, and decoding and outliers come
-  on top. Tried: decoding into L1 first with two tiles to a load of activations, which is even at M = 16 and slower
-  below. a16 has two dots per 64 codes: 1.5 x a peer at 60 % or more of the bfloat16 peak is hardly to be had.
+- **M = 4 and 16** (wanted: 1.5 x the best peer): loads and dots are two a cycle each, and decoding and outliers come
+  on top. Up to 8 sums (tokens x planes) of two tiles stand in registers, so a load of four activations serves two dots.
+  Up to 16 are done in two halves, each of which decodes the span: a third faster than one tile at a time, where every
+  dot needs its own load, and than decoding into L1 first. From 17 on that is the better way; a16 at M = 16 has 32. a16
+  has two dots per 64 codes: 1.5 x a peer at 60 % or more of the bfloat16 peak is hardly to be had.
 - **M >= 64, a16** (wanted: as fast as dense bfloat16): 8 sums of each of two tiles run nearly at the dots' peak by
   profile; converting and scaling each sum takes 6 instructions per span of a group, decoding 1 to 2 of 64 to 256
   tokens' worth, storing and outliers the rest. Dense code has none of this to do and reaches the whole peak.

@@ -74,14 +74,20 @@ def test_rows_past_the_end_are_zero() -> None:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_codes_of_a_chunk(bits: int) -> None:
-    """Where csrc/format/interleave.h puts them: byte 4 r + j at step t holds row r, column j T + t."""
-    weight = shapes.random_weight(0, 17, 64, bits, 64)
-    codes = reference.unpack(weight.packed, bits, 64)
+@pytest.mark.parametrize(("tile", "chunk"), [(t, n) for t in range(3) for n in range(2)])
+def test_codes_of_a_chunk(bits: int, tile: int, chunk: int) -> None:
+    """Where csrc/format/interleave.h puts them, byte 4 r + j at step t holds row r, column j T + t; and where
+    prepacked.h puts chunks: those of tiles 0 and 1 by turns behind both heads, those of tile 2 by themselves."""
+    weight = shapes.random_weight(0, 40, 128, bits, 64)
+    codes = reference.unpack(weight.packed, bits, 128)
     data = ops.prepack(*weight)[320:].numpy()
-    data = data[len(data) // 2 - 64 * 16 * bits // 8 :]  # codes end the first of two tiles
+    tile_bytes, chunk_bytes = len(data) // 3, 64 * 16 * bits // 8
+    head = tile_bytes - 2 * chunk_bytes
+    data = data[
+        2 * head + (2 * chunk + tile) * chunk_bytes if tile < 2 else 2 * tile_bytes + head + chunk * chunk_bytes :
+    ]
     places = {0: (0, 2), 1: (1, 2), 2: (0, 6), 3: (0, 4), 4: (0, 0), 5: (1, 0), 6: (1, 4), 7: (1, 6)}
-    for r, k in [(0, 0), (3, 1), (15, 15), (7, 16), (2, 37), (9, 63)]:
+    for r, k in [(0, 0), (3, 1), (7, 15), (6, 16), (2, 37), (5, 63)]:
         j, t = divmod(k, 16)
         if bits == 4:
             found = data[t // 2 * 64 + 4 * r + j] >> (4 * (t % 2)) & 15
@@ -90,7 +96,7 @@ def test_codes_of_a_chunk(bits: int) -> None:
             register, shift = places[t % 8]
             pair = eight[register * 64 + 4 * r + j] >> shift & 3
             found = pair << 1 | eight[128 + 4 * r + j] >> t % 8 & 1
-        assert found == codes[r, k], (r, k)
+        assert found == codes[16 * tile + r, 64 * chunk + k], (r, k)
 
 
 def test_bytes_depend_on_neither_isa_nor_threads() -> None:

@@ -32,9 +32,8 @@ struct TokenPlace {
   int64_t stride;
 };
 
-PRECAL_INLINE TokenPlace token_place(const LinearArgs& args, int64_t m, int64_t first, int64_t width) {
+PRECAL_INLINE TokenPlace token_place(const LinearArgs& args, Panel panel, int64_t m, int64_t first, int64_t width) {
   const QuantizedRows& q = args.q;
-  const Panel panel = panel_of(q, m);
   const int64_t before = first * args.M + panel.first * width;  // elements of other spans and panels
   return {q.x + before * q.planes + (m - panel.first) * q.planes * 4, panel.tokens * q.planes * 4};
 }
@@ -52,65 +51,113 @@ PRECAL_FORCE_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16(0xFFFF) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1u);
 }
 
-static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t end) {
-  const QuantizedRows& q = args.q;
-  const int64_t K = args.format.K, chunk = args.layout.chunk, steps = chunk / 4;
-  const float top = q.planes == 2 ? kPeak16 : kPeak8;
-  // Byte 4 t + j of a chunk is column j * steps + t.
-  alignas(64) uint8_t order[64];
-  for (int64_t i = 0; i < 64; ++i) {
-    const int64_t inside = i % chunk;
-    order[i] = uint8_t(i - inside + inside % 4 * steps + inside / 4);
+// Four registers of 16 integers of 8 signed bits as bytes: column 16 i + 4 j + r at byte 16 j + 4 i + r.
+PRECAL_FORCE_INLINE __m512i narrow_four(const __m512i v[4]) {
+  return _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+}
+
+// What is the same for all spans.
+struct RoundTables {
+  __m512i interleave, even, odd;
+
+  explicit RoundTables(int64_t chunk) {
+    // Byte 4 t + j of a chunk is column j * (chunk / 4) + t, which narrow_four has put elsewhere.
+    alignas(64) uint8_t order[64];
+    for (int64_t i = 0; i < 64; ++i) {
+      const int64_t inside = i % chunk, column = i - inside + inside % 4 * (chunk / 4) + inside / 4;
+      order[i] = uint8_t(column % 16 / 4 * 16 + column / 16 * 4 + column % 4);
+    }
+    interleave = load512(order);
+    // One token in 16 bits: the planes' steps by turns.
+    even = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
   }
-  const __m512i interleave = load512(order), ones = _mm512_set1_epi8(1);
-  alignas(64) float values[kMaxSpan];
-  alignas(64) int8_t bytes[2][kMaxSpan];
-  alignas(64) int32_t quads[16];
-  for (int64_t m = begin; m < end; ++m) {
-    for (int64_t s = 0; s < q.num_spans; ++s) {
-      const int64_t first = s * q.span, count = first + q.span < K ? q.span : K - first;
-      const int64_t width = round_up(count, chunk);
-      __m512 largest = _mm512_setzero_ps();
-      __mmask16 strange = 0;  // NaN and infinities
-      for (int64_t i = 0; i < width; i += 16) {
-        const __m512 v = load16(args.x_rows, args.x_dtype, m * K + first + i, first_lanes(count - i));
-        const __m512 magnitude = _mm512_abs_ps(v);
-        strange |= _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(3.4028235e38f), _CMP_NLE_UQ);
-        largest = _mm512_max_ps(largest, magnitude);
-        _mm512_store_ps(values + i, v);
-      }
-      const float peak = _mm512_reduce_max_ps(largest);
-      const bool usable = strange == 0 && peak > kSmallestPeak;
-      q.scale[s * args.M + m] = span_scale(strange != 0, peak, top);
-      const __m512 inverse = _mm512_set1_ps(usable ? top / peak : 0.0f);
-      for (int64_t i = 0; i < width; i += 16) {
-        const __m512i v =
-            usable ? _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(values + i), inverse)) : _mm512_setzero_si512();
-        const __m512i high = q.planes == 1 ? v : _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
-        _mm_store_si128(reinterpret_cast<__m128i*>(bytes[0] + i), _mm512_cvtepi32_epi8(high));
-        // The lower byte of v is v - high * 256.
-        if (q.planes == 2) _mm_store_si128(reinterpret_cast<__m128i*>(bytes[1] + i), _mm512_cvtepi32_epi8(v));
-      }
-      const TokenPlace place = token_place(args, m, first, width);
-      for (int p = 0; p < q.planes; ++p) {
-        for (int64_t i = width; i < round_up(width, 64); ++i) bytes[p][i] = 0;
-        int8_t* to = place.x + 4 * p;
-        __m512i sum = _mm512_setzero_si512();
-        for (int64_t i = 0; i < width; i += 64) {
-          const __m512i v = _mm512_permutexvar_epi8(interleave, load512(bytes[p] + i));
-          sum = _mm512_dpbusd_epi32(sum, ones, v);
-          const int64_t here = width - i < 64 ? (width - i) / 4 : 16;
-          if (place.stride == 4 && here == 16) {
-            _mm512_storeu_si512(to, v);
-          } else {
-            _mm512_store_si512(quads, v);
-            for (int64_t t = 0; t < here; ++t) __builtin_memcpy(to + t * place.stride, quads + t, 4);
-          }
-          to += here * place.stride;
-        }
-        q.start[(s * args.M + m) * q.planes + p] = -128 * _mm512_reduce_add_epi32(sum);
+};
+
+// Columns [0, count) of a span that begins at element `at`; kWhole: count is width, and that a multiple of 64.
+template <DType kType, int kPlanes, bool kWhole>
+PRECAL_FORCE_INLINE void quantize_span(const LinearArgs& args, const RoundTables& tables, int64_t at, int64_t count,
+                                       int64_t width, TokenPlace place, float* scale, int32_t* start) {
+  const auto load = [&](int64_t i) __attribute__((always_inline)) {
+    return load16(args.x_rows, kType, at + i, kWhole ? __mmask16(0xFFFF) : first_lanes(count - i));
+  };
+  // Bits of |x|: their order is that of the numbers, and infinity and NaN are on top.
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(load(i))));
+  }
+  const uint32_t peak_bits = _mm512_reduce_max_epu32(largest);
+  const bool strange = peak_bits >= 0x7F800000u;
+  const float peak = bits_float(peak_bits), top = kPlanes == 2 ? kPeak16 : kPeak8;
+  const bool usable = !strange && peak > kSmallestPeak;
+  *scale = span_scale(strange, peak, top);
+  const __m512 inverse = _mm512_set1_ps(usable ? top / peak : 0.0f);
+  const __mmask16 used = usable ? 0xFFFF : 0;
+  __m512i sums[kPlanes];
+#pragma GCC unroll 2
+  for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < width; i += 64) {
+    __m512i v[4], high[4], bytes[kPlanes];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {  // loads behind the last column read nothing
+      v[j] = _mm512_maskz_cvtps_epi32(used, _mm512_mul_ps(load(i + 16 * j), inverse));
+      high[j] = kPlanes == 1 ? v[j] : _mm512_srai_epi32(_mm512_add_epi32(v[j], _mm512_set1_epi32(128)), 8);
+      v[j] = _mm512_sub_epi32(v[j], _mm512_slli_epi32(high[j], 8));
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < kPlanes; ++p) {
+      bytes[p] = _mm512_permutexvar_epi8(tables.interleave, narrow_four(p == 0 ? high : v));
+      sums[p] = _mm512_dpbusd_epi32(sums[p], _mm512_set1_epi8(1), bytes[p]);
+    }
+    int8_t* to = place.x + i / 4 * place.stride;
+    if (place.stride == 4 && (kWhole || width - i >= 64)) {
+      _mm512_storeu_si512(to, bytes[0]);
+    } else if (kPlanes == 2 && place.stride == 8 && (kWhole || width - i >= 64)) {
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi32(bytes[0], tables.even, bytes[kPlanes - 1]));
+      _mm512_storeu_si512(to + 64, _mm512_permutex2var_epi32(bytes[0], tables.odd, bytes[kPlanes - 1]));
+    } else {
+      alignas(64) int32_t quads[16];
+      const int64_t here = kWhole || width - i >= 64 ? 16 : (width - i) / 4;
+      for (int p = 0; p < kPlanes; ++p) {
+        _mm512_store_si512(quads, bytes[p]);
+        for (int64_t t = 0; t < here; ++t) __builtin_memcpy(to + t * place.stride + 4 * p, quads + t, 4);
       }
     }
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < kPlanes; ++p) start[p] = -128 * _mm512_reduce_add_epi32(sums[p]);
+}
+
+template <DType kType, int kPlanes>
+static void quantize_rows(const LinearArgs& args, int64_t begin, int64_t end) {
+  const QuantizedRows& q = args.q;
+  const int64_t K = args.format.K, chunk = args.layout.chunk;
+  const RoundTables tables(chunk);
+  for (int64_t m = begin; m < end; ++m) {
+    const Panel panel = panel_of(q, m);
+    for (int64_t s = 0; s < q.num_spans; ++s) {
+      const int64_t first = s * q.span, count = first + q.span < K ? q.span : K - first;
+      const int64_t width = round_up(count, chunk), at = m * K + first;
+      const TokenPlace place = token_place(args, panel, m, first, width);
+      float* scale = q.scale + s * args.M + m;
+      int32_t* start = q.start + (s * args.M + m) * kPlanes;
+      if (count % 64 == 0) {
+        quantize_span<kType, kPlanes, true>(args, tables, at, count, width, place, scale, start);
+      } else {
+        quantize_span<kType, kPlanes, false>(args, tables, at, count, width, place, scale, start);
+      }
+    }
+  }
+}
+
+static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t end) {
+  const bool two = args.q.planes == 2;
+  switch (args.x_dtype) {
+    case DType::kFloat32:
+      return (two ? quantize_rows<DType::kFloat32, 2> : quantize_rows<DType::kFloat32, 1>)(args, begin, end);
+    case DType::kFloat16:
+      return (two ? quantize_rows<DType::kFloat16, 2> : quantize_rows<DType::kFloat16, 1>)(args, begin, end);
+    default: return (two ? quantize_rows<DType::kBFloat16, 2> : quantize_rows<DType::kBFloat16, 1>)(args, begin, end);
   }
 }
 
@@ -154,6 +201,13 @@ static void transpose_activations(const LinearArgs& args, int64_t begin, int64_t
     const int64_t m0 = piece / blocks * lanes, k0 = piece % blocks * kTransposeColumns;
     const int64_t k1 = k0 + kTransposeColumns < K ? k0 + kTransposeColumns : K;
     float* to = args.q.transposed + m0 * K;
+    if (lanes == 1) {
+      for (int64_t k = k0; k < k1; k += 16) {
+        const __mmask16 columns = first_lanes(k1 - k);
+        _mm512_mask_storeu_ps(to + k, columns, load16(args.x_rows, args.x_dtype, m0 * K + k, columns));
+      }
+      continue;
+    }
     for (int64_t k = k0; k < k1; k += 16) {
       const __mmask16 columns = first_lanes(k1 - k);
       __m512 r[16];
@@ -161,10 +215,6 @@ static void transpose_activations(const LinearArgs& args, int64_t begin, int64_t
       for (int m = 0; m < 16; ++m) {
         r[m] = m < lanes && m0 + m < args.M ? load16(args.x_rows, args.x_dtype, (m0 + m) * K + k, columns)
                                             : _mm512_setzero_ps();
-      }
-      if (lanes == 1) {
-        _mm512_mask_storeu_ps(to + k, columns, r[0]);
-        continue;
       }
       transpose16(r);
       const __mmask16 tokens = first_lanes(lanes);
@@ -219,7 +269,7 @@ static void quantize_activations(const LinearArgs& args, int64_t begin, int64_t 
         rounded[i] = usable ? int32_t((values[i] * inverse + kRound) - kRound) : 0;
       }
       if (in_bytes(args)) {
-        const TokenPlace place = token_place(args, m, first, width);
+        const TokenPlace place = token_place(args, panel_of(q, m), m, first, width);
         for (int p = 0; p < q.planes; ++p) {
           int8_t* at = place.x + 4 * p;
           int32_t sum = 0;

@@ -81,18 +81,17 @@ struct ChunkDecoder {
   }
 
   // emit(t, i, w[kTiles]): levels + 128 of step t, t = i mod 4 (4 bits) or i mod 8 (3 bits) with i a constant.
-  // `registers` of a chunk: a multiple of 2 (4 bits), 3 or 4 (8 bits). `keep` has zero bytes where a block of the
-  // trellis begins.
+  // Chunks of tiles side by side are `apart` bytes apart. `registers` of a chunk: a multiple of 2 (4 bits), 3 or 4 (8
+  // bits). `keep` has zero bytes where a block of the trellis begins.
   template <typename Emit>
-  PRECAL_FORCE_INLINE void decode(const uint8_t* codes, int64_t tile_bytes, int registers, uint32_t keep,
-                                  const Emit& emit) {
+  PRECAL_FORCE_INLINE void decode(const uint8_t* codes, int64_t apart, int registers, uint32_t keep, const Emit& emit) {
     if constexpr (kBits == 8) {
       for (int s = 0; s < registers; s += 4) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           __m512i w[kTiles];
 #pragma GCC unroll 2
-          for (int j = 0; j < kTiles; ++j) w[j] = load512(codes + j * tile_bytes + (s + i) * 64);
+          for (int j = 0; j < kTiles; ++j) w[j] = load512(codes + j * apart + (s + i) * 64);
           emit(s + i, i, w);
         }
       }
@@ -102,7 +101,7 @@ struct ChunkDecoder {
     const __m512i kept = _mm512_set1_epi32(int32_t(keep));
 #pragma GCC unroll 2
     for (int j = 0; j < kTiles; ++j) {
-      const __m512i last = history(load512(codes + j * tile_bytes + (registers - 1) * 64));
+      const __m512i last = history(load512(codes + j * apart + (registers - 1) * 64));
       h[j] = _mm512_and_si512(_mm512_or_si512(_mm512_slli_epi32(last, 8), _mm512_srli_epi32(before[j], 24)), kept);
       before[j] = last;
     }
@@ -114,7 +113,7 @@ struct ChunkDecoder {
           __m512i first[kTiles], second[kTiles];
 #pragma GCC unroll 2
           for (int j = 0; j < kTiles; ++j) {
-            const __m512i w = load512(codes + j * tile_bytes + (s + i) * 64), next = history(w);
+            const __m512i w = load512(codes + j * apart + (s + i) * 64), next = history(w);
             first[j] = _mm512_permutexvar_epi8(select_bits(low, w, h[j]), tables[0]);
             second[j] = _mm512_permutexvar_epi8(select_bits(all_but_4, next, h[j]), tables[1]);
             h[j] = next;
@@ -131,7 +130,7 @@ struct ChunkDecoder {
         __m512i w0[kTiles], w1[kTiles], b[kTiles], first[kTiles], next[kTiles], level[kTiles];
 #pragma GCC unroll 2
         for (int j = 0; j < kTiles; ++j) {
-          const uint8_t* from = codes + j * tile_bytes + s * 64;
+          const uint8_t* from = codes + j * apart + s * 64;
           w0[j] = load512(from);
           w1[j] = load512(from + 64);
           b[j] = load512(from + 128);

@@ -15,15 +15,18 @@ namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
 #if defined(PRECAL_INT8_AVX512)
 
-// `lane`: bytes of a byte lane of a chunk.
-static void interleave_bytes(const uint8_t* rows, int64_t row_bytes, int64_t lane, int64_t pieces, uint8_t* codes) {
+// `lane`: bytes of a byte lane of a chunk, which is as many registers; chunks are `stride` bytes apart.
+static void interleave_bytes(const uint8_t* rows, int64_t row_bytes, int64_t lane, int64_t pieces, uint8_t* codes,
+                             int64_t stride) {
   alignas(64) uint8_t order[64];
   for (int64_t i = 0; i < 64; ++i) {
     const int64_t step = i / 4;  // of two codes or one
     order[i] = uint8_t(step / lane * 4 * lane + i % 4 * lane + step % lane);
   }
   const __m512i permutation = load512(order);
-  for (int64_t n = 0; n < pieces; ++n) {
+  int64_t at[16];  // of the registers of a piece, which is whole chunks
+  for (int64_t i = 0; i < 16; ++i) at[i] = i / lane * stride + i % lane * 64;
+  for (int64_t n = 0; n < pieces; ++n, codes += 16 / lane * stride) {
     __m512 r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
@@ -31,11 +34,12 @@ static void interleave_bytes(const uint8_t* rows, int64_t row_bytes, int64_t lan
     }
     transpose16(r);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(reinterpret_cast<float*>(codes + (n * 16 + i) * 64), r[i]);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_ps(reinterpret_cast<float*>(codes + at[i]), r[i]);
   }
 }
 
-static void interleave_three(const uint8_t* rows, int64_t row_bytes, int64_t chunk, int64_t pieces, uint8_t* codes) {
+static void interleave_three(const uint8_t* rows, int64_t row_bytes, int64_t chunk, int64_t pieces, uint8_t* codes,
+                             int64_t stride) {
   // Three bytes of eight codes into each 64 bits, in the order [eight of a byte lane][byte lane].
   alignas(64) uint8_t order[64];
   for (int64_t q = 0; q < 8; ++q) {
@@ -53,8 +57,9 @@ static void interleave_three(const uint8_t* rows, int64_t row_bytes, int64_t chu
     }
   }
   const __m512i permutation = load512(order), pick[3] = {load512(choice[0]), load512(choice[1]), load512(choice[2])};
+  const int64_t second = chunk == 64 ? 3 * 64 : stride;  // of the two times 32 columns of a piece
   for (int64_t n = 0; n < pieces; ++n) {
-    uint8_t* to = codes + n * 6 * 64;
+    uint8_t* to = codes + n * (64 / chunk) * stride;
     for (int64_t r = 0; r < 16; ++r, to += 4) {
       const __m512i bytes = _mm512_maskz_loadu_epi8((uint64_t(1) << 24) - 1, rows + r * row_bytes + n * 24);
       const __m512i eights = _mm512_permutexvar_epi8(permutation, bytes);
@@ -63,7 +68,7 @@ static void interleave_three(const uint8_t* rows, int64_t row_bytes, int64_t chu
         const uint64_t bits = _mm512_movepi8_mask(_mm512_multishift_epi64_epi8(pick[k], eights));
         const uint32_t low = uint32_t(bits), high = uint32_t(bits >> 32);
         __builtin_memcpy(to + k * 64, &low, 4);
-        __builtin_memcpy(to + (3 + k) * 64, &high, 4);
+        __builtin_memcpy(to + second + k * 64, &high, 4);
       }
     }
   }
@@ -71,20 +76,21 @@ static void interleave_three(const uint8_t* rows, int64_t row_bytes, int64_t chu
 
 // As many chunks of sixteen rows as whole pieces hold; returns how many.
 static int64_t interleave_rows(const format::WeightFormat& f, const format::TileLayout& t, const uint32_t* rows,
-                               uint8_t* codes) {
+                               uint8_t* codes, int64_t stride) {
   const int64_t columns = f.bits == 4 ? 128 : 64, pieces = f.K / columns, row_bytes = format::num_words(f) * 4;
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(rows);
   if (f.bits == 3) {
-    interleave_three(bytes, row_bytes, t.chunk, pieces, codes);
+    interleave_three(bytes, row_bytes, t.chunk, pieces, codes, stride);
   } else {
-    interleave_bytes(bytes, row_bytes, t.chunk * f.bits / 32, pieces, codes);
+    interleave_bytes(bytes, row_bytes, t.chunk * f.bits / 32, pieces, codes, stride);
   }
   return pieces * columns / t.chunk;
 }
 
 #else
 
-static int64_t interleave_rows(const format::WeightFormat&, const format::TileLayout&, const uint32_t*, uint8_t*) {
+static int64_t interleave_rows(const format::WeightFormat&, const format::TileLayout&, const uint32_t*, uint8_t*,
+                               int64_t) {
   return 0;
 }
 

@@ -43,7 +43,7 @@ uint32_t eight_codes(uint32_t pairs0, uint32_t pairs1, uint32_t b) {
 }  // namespace
 
 void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t* words, int64_t first_row,
-                     int64_t first_chunk, uint8_t* codes) {
+                     int64_t first_chunk, uint8_t* codes, int64_t stride) {
   const int64_t rows = std::min(kTileRows, f.N - first_row), row_bytes = format::num_words(f) * 4;
   const int64_t lane_bytes = t.chunk * f.bits / 32;  // canonical bytes of one byte lane of a chunk
   uint8_t padded[64];                                // a row's chunk: at most 64 codes of 8 bits
@@ -57,7 +57,7 @@ void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t*
         std::memcpy(padded, from, size_t(row_bytes - at));
         from = padded;
       }
-      uint8_t* to = codes + n * t.chunk_bytes + 4 * r;
+      uint8_t* to = codes + n * stride + 4 * r;
       if (f.bits != 3) {
         for (int64_t s = 0; s < lane_bytes; ++s) {
           for (int64_t j = 0; j < 4; ++j) to[s * kRegisterBytes + j] = from[j * lane_bytes + s];
@@ -77,15 +77,15 @@ void words_to_chunks(const WeightFormat& f, const TileLayout& t, const uint32_t*
   }
 }
 
-void chunks_to_words(const WeightFormat& f, const TileLayout& t, const uint8_t* codes, int64_t first_row,
-                     uint32_t* words) {
+void chunks_to_words(const WeightFormat& f, const TileLayout& t, const uint8_t* codes, int64_t stride,
+                     int64_t first_row, uint32_t* words) {
   const int64_t rows = std::min(kTileRows, f.N - first_row), row_bytes = format::num_words(f) * 4;
   const int64_t lane_bytes = t.chunk * f.bits / 32;
   uint8_t whole[64];
   for (int64_t r = 0; r < rows; ++r) {
     uint8_t* row = reinterpret_cast<uint8_t*>(words + (first_row + r) * format::num_words(f));
     for (int64_t n = 0; n < t.num_chunks; ++n) {
-      const uint8_t* from = codes + n * t.chunk_bytes + 4 * r;
+      const uint8_t* from = codes + n * stride + 4 * r;
       if (f.bits != 3) {
         for (int64_t s = 0; s < lane_bytes; ++s) {
           for (int64_t j = 0; j < 4; ++j) whole[j * lane_bytes + s] = from[s * kRegisterBytes + j];

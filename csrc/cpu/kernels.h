@@ -248,7 +248,7 @@ struct KernelTable {
   void (*linear_tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end, float* scratch);
   // The first chunks of 16 rows of codes, as many as this ISA does at once; returns how many.
   int64_t (*interleave_rows)(const format::WeightFormat&, const format::TileLayout&, const uint32_t* rows,
-                             uint8_t* codes);
+                             uint8_t* codes, int64_t stride);
   IntegerKernels integer;
 };
 

@@ -18,12 +18,12 @@ constexpr int64_t kTile = format::kTileRows;
 
 // The codes of 16 rows in one column of chunks (format/interleave.h); bits above the code are not zero.
 template <int kBits>
-PRECAL_INLINE I32 codes_of_column(const format::TileLayout& layout, const uint8_t* tile, int64_t k) {
+PRECAL_INLINE I32 codes_of_column(const format::TileLayout& layout, const uint8_t* codes, int64_t stride, int64_t k) {
   // Chunks have 16, 32 or 64 columns, so these are shifts and masks, not divisions.
   const int log_chunk = layout.chunk == 64 ? 6 : layout.chunk == 32 ? 5 : 4;
   const int inside = int(k & (layout.chunk - 1)), t = inside & int(layout.chunk / 4 - 1);
   const int byte = (inside >> (log_chunk - 2)) * 8;
-  const int32_t* chunk = reinterpret_cast<const int32_t*>(tile + layout.codes + (k >> log_chunk) * layout.chunk_bytes);
+  const int32_t* chunk = reinterpret_cast<const int32_t*>(codes + (k >> log_chunk) * stride);
   if (kBits == 8) return shift_right(load_words(chunk + t * kTile), byte);
   if (kBits == 4) return shift_right(load_words(chunk + (t / 2) * kTile), byte + 4 * int(t % 2));
   const int32_t* eight = chunk + (t / 8) * 3 * kTile;
@@ -35,9 +35,11 @@ PRECAL_INLINE I32 codes_of_column(const format::TileLayout& layout, const uint8_
 
 // scale * level of columns [begin, end) of one tile into panel[(k - begin) * 16 + lane].
 template <int kBits, bool kTrellis>
-static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_t begin, int64_t end, float* panel) {
+static void dequantize_panel(const LinearArgs& args, int64_t t, int64_t begin, int64_t end, float* panel) {
   const format::WeightFormat& f = args.format;
-  const int32_t* words = reinterpret_cast<const int32_t*>(tile + args.layout.codes);
+  const format::TilePlace place = format::tile_place(args.layout, t);
+  const uint8_t *tile = args.prepacked + place.head, *chunks = args.prepacked + place.codes;
+  const int32_t* words = reinterpret_cast<const int32_t*>(chunks);
   const F32 table = load(args.levels), table_high = load(args.levels + kTile);
   const I32 none = zero_words();
   I32 previous = none, before = none;  // codes of the two columns before; a block starts without
@@ -54,7 +56,7 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
     }
     I32 codes;
     if ((kBits == 3 || kBits == 4 || kBits == 8) && args.layout.chunk > 0) {
-      codes = codes_of_column<kBits>(args.layout, tile, k);
+      codes = codes_of_column<kBits>(args.layout, chunks, place.stride, k);
     } else {
       const int64_t bit = k * kBits;
       const int64_t word = bit >> 5;
@@ -92,7 +94,7 @@ static void dequantize_panel(const LinearArgs& args, const uint8_t* tile, int64_
   }
 }
 
-using PanelDequantizer = void (*)(const LinearArgs&, const uint8_t* tile, int64_t begin, int64_t end, float* panel);
+using PanelDequantizer = void (*)(const LinearArgs&, int64_t tile, int64_t begin, int64_t end, float* panel);
 
 static PanelDequantizer panel_dequantizer(const format::WeightFormat& f) {
   const bool trellis = format::is_trellis(f);
@@ -149,12 +151,12 @@ static void linear_tiles(const LinearArgs& args, int64_t tile_begin, int64_t til
   float* panel = scratch;
   float* sums = scratch + format::kBlock * kTile;
   for (int64_t t = tile_begin; t < tile_end; ++t) {
-    const uint8_t* tile = args.prepacked + format::kPrepackedTilesOffset + t * args.layout.tile_bytes;
+    const uint8_t* tile = args.prepacked + format::tile_place(args.layout, t).head;
     for (int64_t i = 0; i < args.M * kLinearChains * kTile; ++i) sums[i] = 0.0f;
 
     for (int64_t b = 0; b < blocks.num_blocks; ++b) {
       const int64_t begin = format::block_begin(blocks, b), end = format::block_end(blocks, b);
-      dequantize(args, tile, begin, end, panel);
+      dequantize(args, t, begin, end, panel);
       if (f.c > 0) add_outliers(args, tile, b, end - begin, panel);
       int64_t m = 0;
       for (; m + kLinearRowBlock <= args.M; m += kLinearRowBlock) {

@@ -39,7 +39,7 @@ PRECAL_INLINE float fma1(float a, float b, float c) {
 }
 
 PRECAL_INLINE const uint8_t* tile_at(const LinearArgs& args, int64_t t) {
-  return args.prepacked + format::kPrepackedTilesOffset + t * args.layout.tile_bytes;
+  return args.prepacked + format::tile_place(args.layout, t).head;
 }
 
 // U * value of every outlier code.
@@ -331,43 +331,48 @@ static void finish_tile(const LinearArgs& args, int64_t t, const float* y) {
   }
 }
 
-template <int kBits>
-static void many_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+// A tile, or a pair of them span by span by turns: a pair's chunks are one stream. y [kTiles][M][16]
+template <int kBits, int kTiles>
+static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
   const format::TileLayout& layout = args.layout;
   const QuantizedRows& q = args.q;
   const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
-  const uint8_t *tile = tile_at(args, t), *codes = tile + layout.codes;
+  const format::TilePlace place = format::tile_place(layout, t);
+  const uint8_t *tile = args.prepacked + place.head, *codes = args.prepacked + place.codes;
   alignas(64) Level levels[kMaxSpan * kTileLanes];
   int32_t sums[(kPanel8 > kFew8 ? kPanel8 : kFew8) * kTileLanes];
-  ChunkDecoder decoder(tables);
-  F32 scale = splat(0.0f);
+  ChunkDecoder decoders[2] = {ChunkDecoder(tables), ChunkDecoder(tables)};
+  F32 scale[2] = {splat(0.0f), splat(0.0f)};
   for (int64_t s = 0; s < q.num_spans; ++s) {
     const int64_t first = s * chunks_per_span;
     const int64_t end = first + chunks_per_span < layout.num_chunks ? first + chunks_per_span : layout.num_chunks;
-    if (s % spans_per_group == 0) {
-      scale = scales_of_group(args, tile, s / spans_per_group);
-    }
     const int64_t width = (end - first) * layout.chunk;
-    for (int64_t n = first; n < end; ++n) {
-#if defined(__AVX2__)
-      // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
-      const uint8_t* ahead = codes + (n + chunks_per_span) * layout.chunk_bytes;
-      for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
+    for (int j = 0; j < kTiles; ++j) {
+      if (s % spans_per_group == 0) {
+        scale[j] = scales_of_group(args, tile + j * layout.head_bytes, s / spans_per_group);
       }
+      for (int64_t n = first; n < end; ++n) {
+        const uint8_t* chunk = codes + n * place.stride + j * layout.chunk_bytes;
+#if defined(__AVX2__)
+        // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
+        for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(chunk + chunks_per_span * place.stride + line), _MM_HINT_T0);
+        }
 #endif
-      decode_to<kBits>(&decoder, codes + n * layout.chunk_bytes, int(layout.chunk_bytes / 64), args.keep[n],
-                       levels + (n - first) * layout.chunk * kTileLanes);
-    }
-    for (int64_t m0 = 0, tokens; m0 < args.M; m0 += tokens) {
-      tokens = panel_of(q, m0).tokens;
-      sums_of_panel(args, s, first * layout.chunk, width, m0, tokens, levels, sums);
-      for (int64_t m = 0; m < tokens; ++m) {
-        add_span(sums + m * kTileLanes, q.scale[s * args.M + m0 + m], scale, y + (m0 + m) * kTileLanes);
+        decode_to<kBits>(&decoders[j], chunk, int(layout.chunk_bytes / 64), args.keep[n],
+                         levels + (n - first) * layout.chunk * kTileLanes);
+      }
+      for (int64_t m0 = 0, tokens; m0 < args.M; m0 += tokens) {
+        tokens = panel_of(q, m0).tokens;
+        sums_of_panel(args, s, first * layout.chunk, width, m0, tokens, levels, sums);
+        for (int64_t m = 0; m < tokens; ++m) {
+          add_span(sums + m * kTileLanes, q.scale[s * args.M + m0 + m], scale[j],
+                   y + (j * args.M + m0 + m) * kTileLanes);
+        }
       }
     }
   }
-  finish_tile(args, t, y);
+  for (int j = 0; j < kTiles; ++j) finish_tile(args, t + j, y + j * args.M * kTileLanes);
 }
 
 #if defined(__AVX2__)
@@ -383,79 +388,93 @@ PRECAL_FORCE_INLINE __m256i dot(__m256i acc, __m256i w, const int8_t* x) {
 #endif
 }
 
-// Few tokens: levels go straight from registers into the dots. x: [step][token][plane][4]
-template <int kBits, int kPlanes, int kTokens>
-static void few_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+// Few tokens: levels go straight from registers into the dots. x: [step][token][plane][4]; y as in many_tokens()
+template <int kBits, int kTiles, int kPlanes, int kTokens>
+static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
   constexpr int kSums = kPlanes * kTokens;
   // Sums of the same outputs beside each other: a dot waits 4 to 5 cycles for the one before it.
   constexpr int kChains = kSums == 1 ? 2 : 1;
   const format::TileLayout& layout = args.layout;
   const QuantizedRows& q = args.q;
   const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
-  const uint8_t *tile = tile_at(args, t), *chunk = tile + layout.codes;
+  const format::TilePlace place = format::tile_place(layout, t);
+  const uint8_t *tile = args.prepacked + place.head, *codes = args.prepacked + place.codes;
   const int8_t* x = q.x;
-  ChunkDecoder decoder(tables);
-  F32 scale = splat(0.0f), total[kTokens];
+  ChunkDecoder decoders[2] = {ChunkDecoder(tables), ChunkDecoder(tables)};
+  F32 scale[2] = {splat(0.0f), splat(0.0f)}, total[kTiles][kTokens];
+#pragma GCC unroll 2
+  for (int j = 0; j < kTiles; ++j) {
 #pragma GCC unroll 4
-  for (int m = 0; m < kTokens; ++m) total[m] = load(y + m * kTileLanes);
+    for (int m = 0; m < kTokens; ++m) total[j][m] = load(y + (j * kTokens + m) * kTileLanes);
+  }
   int64_t n = 0, group = 0, spans_left = 0;
   for (int64_t s = 0; s < q.num_spans; ++s) {
     if (spans_left == 0) {
-      scale = scales_of_group(args, tile, group++);
+      for (int j = 0; j < kTiles; ++j) scale[j] = scales_of_group(args, tile + j * layout.head_bytes, group);
+      ++group;
       spans_left = spans_per_group;
     }
     --spans_left;
-    __m256i acc[kSums][2][kChains];
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) {
-      const __m256i start = _mm256_set1_epi32(kLevelBias != 0 ? q.start[s * kSums + i] : 0);
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        acc[i][h][0] = start;
-        if (kChains == 2) acc[i][h][kChains - 1] = _mm256_setzero_si256();
-      }
-    }
     const int64_t end = n + chunks_per_span < layout.num_chunks ? n + chunks_per_span : layout.num_chunks;
-    for (; n < end; ++n, chunk += layout.chunk_bytes, x += layout.chunk * kSums) {
-      for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(chunk + 2048 + line), _MM_HINT_T0);
+#pragma GCC unroll 1
+    for (int j = 0; j < kTiles; ++j) {
+      __m256i acc[kSums][2][kChains];
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) {
+        const __m256i start = _mm256_set1_epi32(kLevelBias != 0 ? q.start[s * kSums + i] : 0);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          acc[i][h][0] = start;
+          if (kChains == 2) acc[i][h][kChains - 1] = _mm256_setzero_si256();
+        }
       }
-      decoder.decode<kBits>(chunk, int(layout.chunk_bytes / 64), args.keep[n],
-                            [&](int step, int odd, int h, __m256i w) __attribute__((always_inline)) {
+      const uint8_t* chunk = codes + n * place.stride + j * layout.chunk_bytes;
+      const int8_t* span_x = x;
+      for (int64_t i = n; i < end; ++i, chunk += place.stride, span_x += layout.chunk * kSums) {
+        for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
+          _mm_prefetch(reinterpret_cast<const char*>(chunk + kTiles * 2048 + line), _MM_HINT_T0);
+        }
+        decoders[j].decode<kBits>(chunk, int(layout.chunk_bytes / 64), args.keep[i],
+                                  [&](int step, int odd, int h, __m256i w) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-                              for (int i = 0; i < kSums; ++i) {
-                                __m256i& sum = acc[i][h][odd % kChains];
-                                sum = dot(sum, w, x + (step * kSums + i) * 4);
-                              }
-                            });
-    }
+                                    for (int k = 0; k < kSums; ++k) {
+                                      __m256i& sum = acc[k][h][odd % kChains];
+                                      sum = dot(sum, w, span_x + (step * kSums + k) * 4);
+                                    }
+                                  });
+      }
 #pragma GCC unroll 4
-    for (int m = 0; m < kTokens; ++m) {
-      const auto half = [&](int h) __attribute__((always_inline)) {
-        __m256i sum = acc[m * kPlanes][h][0];
-        if (kChains == 2) sum = _mm256_add_epi32(sum, acc[m * kPlanes][h][kChains - 1]);
-        if (kPlanes == 2) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), acc[m * kPlanes + kPlanes - 1][h][0]);
-        return _mm256_cvtepi32_ps(sum);
-      };
-      total[m] = fma(mul({half(0), half(1)}, splat(q.scale[s * kTokens + m])), scale, total[m]);
+      for (int m = 0; m < kTokens; ++m) {
+        const auto half = [&](int h) __attribute__((always_inline)) {
+          __m256i sum = acc[m * kPlanes][h][0];
+          if (kChains == 2) sum = _mm256_add_epi32(sum, acc[m * kPlanes][h][kChains - 1]);
+          if (kPlanes == 2) sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 8), acc[m * kPlanes + kPlanes - 1][h][0]);
+          return _mm256_cvtepi32_ps(sum);
+        };
+        total[j][m] = fma(mul({half(0), half(1)}, splat(q.scale[s * kTokens + m])), scale[j], total[j][m]);
+      }
     }
+    x += (end - n) * layout.chunk * kSums;
+    n = end;
   }
+  for (int j = 0; j < kTiles; ++j) {
 #pragma GCC unroll 4
-  for (int m = 0; m < kTokens; ++m) store(y + m * kTileLanes, total[m]);
-  finish_tile(args, t, y);
+    for (int m = 0; m < kTokens; ++m) store(y + (j * kTokens + m) * kTileLanes, total[j][m]);
+    finish_tile(args, t + j, y + j * kTokens * kTileLanes);
+  }
 }
 
 // false: too many for the registers.
-template <int kBits>
-static bool try_few_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+template <int kBits, int kTiles>
+static bool try_few_tokens(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
   switch (args.M * 4 + args.q.planes) {
-    case 5: return few_tile<kBits, 1, 1>(args, tables, t, y), true;
+    case 5: return few_tokens<kBits, kTiles, 1, 1>(args, tables, t, y), true;
 #if defined(__AVXVNNI__)
-    case 9: return few_tile<kBits, 1, 2>(args, tables, t, y), true;
-    case 13: return few_tile<kBits, 1, 3>(args, tables, t, y), true;
-    case 17: return few_tile<kBits, 1, 4>(args, tables, t, y), true;
-    case 6: return few_tile<kBits, 2, 1>(args, tables, t, y), true;
-    case 10: return few_tile<kBits, 2, 2>(args, tables, t, y), true;
+    case 9: return few_tokens<kBits, kTiles, 1, 2>(args, tables, t, y), true;
+    case 13: return few_tokens<kBits, kTiles, 1, 3>(args, tables, t, y), true;
+    case 17: return few_tokens<kBits, kTiles, 1, 4>(args, tables, t, y), true;
+    case 6: return few_tokens<kBits, kTiles, 2, 1>(args, tables, t, y), true;
+    case 10: return few_tokens<kBits, kTiles, 2, 2>(args, tables, t, y), true;
 #endif
     default: return false;
   }
@@ -463,21 +482,24 @@ static bool try_few_tile(const LinearArgs& args, const LevelTables& tables, int6
 
 #else
 
-template <int kBits>
-static bool try_few_tile(const LinearArgs&, const LevelTables&, int64_t, float*) {
+template <int kBits, int kTiles>
+static bool try_few_tokens(const LinearArgs&, const LevelTables&, int64_t, float*) {
   return false;
 }
 
 #endif
 
-template <int kBits>
-static void int8_tile(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
-  if (!try_few_tile<kBits>(args, tables, t, y)) many_tile<kBits>(args, tables, t, y);
+template <int kBits, int kTiles>
+static void int8_tiles(const LinearArgs& args, const LevelTables& tables, int64_t t, float* y) {
+  if (!try_few_tokens<kBits, kTiles>(args, tables, t, y)) many_tokens<kBits, kTiles>(args, tables, t, y);
 }
 
 static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end, float* scratch) {
   LevelTables tables;
   make_tables(args, &tables);
+  using Kernel = void (*)(const LinearArgs&, const LevelTables&, int64_t, float*);
+  static constexpr Kernel kKernels[3][2] = {
+      {int8_tiles<3, 1>, int8_tiles<3, 2>}, {int8_tiles<4, 1>, int8_tiles<4, 2>}, {int8_tiles<8, 1>, int8_tiles<8, 2>}};
   const int64_t tile_floats = args.M * kTileLanes;
   for (int64_t first = begin; first < end; first += kStripTiles) {
     const int64_t last = first + kStripTiles < end ? first + kStripTiles : end;
@@ -487,10 +509,11 @@ static void linear_int8_tiles(const LinearArgs& args, int64_t begin, int64_t end
         outlier_sums(args, tile_at(args, t), m, scratch + (t - first) * tile_floats + m * kTileLanes);
       }
     }
-    for (int64_t t = first; t < last; ++t) {
-      (args.format.bits == 3   ? int8_tile<3>
-       : args.format.bits == 4 ? int8_tile<4>
-                               : int8_tile<8>)(args, tables, t, scratch + (t - first) * tile_floats);
+    for (int64_t t = first, tiles; t < last; t += tiles) {
+      tiles = t % 2 == 0 && t + 2 <= last ? 2 : 1;
+      kKernels[args.format.bits == 3   ? 0
+               : args.format.bits == 4 ? 1
+                                       : 2][tiles - 1](args, tables, t, scratch + (t - first) * tile_floats);
     }
   }
 }

@@ -4,9 +4,9 @@
 //   Codes  decode_avx512-inl.h: level + 128, unsigned bytes, 16 rows x 4 columns a register.
 //   Dots   vpdpbusd: levels + 128 times activations of 8 signed bits. a8: x rounded to 8 bits per span of up to 128
 //          columns of a group. a16: x as high * 256 + low, 16 bits, two dots. Sums start at -128 * sum(x).
-//   Work   a thread owns tiles of 16 rows. Up to 8 sums (tokens x planes): levels go straight from registers into the
-//          dots of two tiles, up to 16 of one. More: a span of two tiles is decoded once into L1, and panels of up to 8
-//          sums run over it.
+//   Work   a thread owns pairs of tiles of 16 rows. Up to 8 sums (tokens x planes): levels go straight from registers
+//          into the dots of two tiles. Up to 16: the same again for the other half of the tokens. More: a span of two
+//          tiles is decoded once into L1, and panels of up to 8 sums run over it.
 //   Order  y = the outliers, block by block; then fma(float(sum) * x_scale, scale, y) span by span; then times the row
 //          scale, plus bias. The same for every M: a token's result depends on it alone.
 #pragma once
@@ -17,10 +17,10 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-constexpr int64_t kPrefetch = 4096;  // bytes of a tile ahead
-// Sums (tokens x planes) in registers: of one tile or, half as many, of two.
-constexpr int kFewSums = 16, kPanelSums = 8;
-constexpr int kFew8 = kFewSums, kFew16 = kFewSums / 2, kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2;
+constexpr int64_t kPrefetch = 8192;  // bytes ahead
+// Sums (tokens x planes) of two tiles in registers, and how many there may be without levels in L1.
+constexpr int kPanelSums = 8, kDirectSums = 16;
+constexpr int kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2, kFew8 = kPanel8, kFew16 = kPanel16;
 
 PRECAL_FORCE_INLINE __m512i broadcast_dword(const void* p) {
   int32_t v;
@@ -39,14 +39,14 @@ PRECAL_FORCE_INLINE __m512 sum_of_planes(const __m512i* sums) {
 }
 
 PRECAL_INLINE const uint8_t* tile_at(const LinearArgs& args, int64_t t) {
-  return args.prepacked + format::kPrepackedTilesOffset + t * args.layout.tile_bytes;
+  return args.prepacked + format::tile_place(args.layout, t).head;
 }
 
 // What stands before the codes of a tile: scales and outliers. Tiles are too far apart for the hardware to guess.
 PRECAL_FORCE_INLINE void prefetch_head(const LinearArgs& args, int64_t t) {
   if (t >= args.layout.num_tiles) return;
   const uint8_t* tile = tile_at(args, t);
-  for (int64_t line = 0; line < args.layout.codes; line += 64) {
+  for (int64_t line = 0; line < args.layout.head_bytes; line += 64) {
     _mm_prefetch(reinterpret_cast<const char*>(tile + line), _MM_HINT_T0);
   }
 }
@@ -89,7 +89,7 @@ struct TileOutput {
   }
 };
 
-// kTokens tokens and kTiles tiles, straight from the codes.
+// kTokens tokens and kTiles tiles, straight from the codes; two tiles are a pair.
 template <int kBits, int kPlanes, int kTokens, int kTiles>
 static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_t t0) {
   constexpr int kSums = kTokens * kPlanes;
@@ -100,17 +100,19 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
   const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
   const int64_t chunk_x = layout.chunk * kSums;
   const int registers = int(layout.chunk_bytes / 64);
-  const uint8_t* tile = tile_at(args, t0);
-  const uint8_t* codes = tile + layout.codes;
+  const format::TilePlace place = format::tile_place(layout, t0);
+  const uint8_t *tile = args.prepacked + place.head, *codes = args.prepacked + place.codes;
   const int8_t* x = q.x;
   ChunkDecoder<kBits, kTiles> decoder(tables);
-  const int64_t ahead = round_up(layout.num_chunks > 0 ? ceil_div(layout.tile_bytes, layout.num_chunks) : 0,
-                                 64);  // of a chunk's prefetches
+  // Of a step's prefetches: its share of everything up to the next pair's begin. Half a pair alone is rare.
+  const int64_t ahead =
+      layout.num_chunks > 0 ? round_up(ceil_div(kTiles * layout.tile_bytes, layout.num_chunks), 64) : 0;
+  const uint8_t* soon = tile + kPrefetch;
   __m512 y[kTiles][kTokens], scale[kTiles];
   alignas(64) float outliers[kTokens * kTileLanes];
 #pragma GCC unroll 2
   for (int j = 0; j < kTiles; ++j) {
-    outlier_sums(args, tile + j * layout.tile_bytes, 0, outliers);
+    outlier_sums(args, tile + j * layout.head_bytes, 0, outliers);
 #pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) y[j][m] = _mm512_load_ps(outliers + m * kTileLanes);
     scale[j] = _mm512_setzero_ps();
@@ -120,7 +122,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
     if (spans_left == 0) {
 #pragma GCC unroll 2
       for (int j = 0; j < kTiles; ++j) {
-        scale[j] = load_scales(tile + j * layout.tile_bytes + layout.scale, group, args.format.scale_type);
+        scale[j] = load_scales(tile + j * layout.head_bytes + layout.scale, group, args.format.scale_type);
       }
       ++group;
       spans_left = spans_per_group;
@@ -139,16 +141,10 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
     }
     const int64_t end = n + chunks_per_span < layout.num_chunks ? n + chunks_per_span : layout.num_chunks;
     for (; n < end; ++n) {
-      // A tile's successor in the same stream is kTiles further on: the hardware would follow the other stream.
-      const int64_t at = n * ahead + kPrefetch;
-      const uint8_t* soon = tile + (at < layout.tile_bytes ? at : at + (kTiles - 1) * layout.tile_bytes);
-#pragma GCC unroll 2
-      for (int j = 0; j < kTiles; ++j) {
-        for (int64_t line = 0; line < ahead; line += 64) {
-          _mm_prefetch(reinterpret_cast<const char*>(soon + j * layout.tile_bytes + line), _MM_HINT_T0);
-        }
+      for (int64_t line = 0; line < ahead; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(soon + n * ahead + line), _MM_HINT_T0);
       }
-      decoder.decode(codes, layout.tile_bytes, registers, args.keep[n],
+      decoder.decode(codes, layout.chunk_bytes, registers, args.keep[n],
                      [&](int t, int i, const __m512i* w) __attribute__((always_inline)) {
 #pragma GCC unroll 16
                        for (int k = 0; k < kSums; ++k) {
@@ -161,7 +157,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
                        }
                      });
       x += chunk_x;
-      codes += layout.chunk_bytes;
+      codes += place.stride;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) {
@@ -184,6 +180,106 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
     const TileOutput output(args, t0 + j);
 #pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) output.store(m, y[j][m]);
+  }
+}
+
+// One panel over one span of kTiles tiles: dots straight from the codes; y [kTiles][M][16]. Decodes from where
+// `decoder` is.
+template <int kBits, int kPlanes, int kTokens, int kTiles>
+PRECAL_FORCE_INLINE void panel_of_codes(const LinearArgs& args, ChunkDecoder<kBits, kTiles>& decoder,
+                                        const uint8_t* codes, int64_t stride, int64_t s, int64_t first, int64_t end,
+                                        int64_t m0, const __m512* scale, float* y) {
+  constexpr int kSums = kTokens * kPlanes, kChains = kSums >= 4 ? 1 : 2;
+  const QuantizedRows& q = args.q;
+  const int64_t chunk = args.layout.chunk, width = (end - first) * chunk, chunk_bytes = args.layout.chunk_bytes;
+  const int8_t* x = q.x + (first * chunk * args.M + m0 * width) * kPlanes;
+  __m512i acc[kTiles][kSums][kChains];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i) {
+    const __m512i start = _mm512_set1_epi32(q.start[(s * args.M + m0) * kPlanes + i]);
+#pragma GCC unroll 2
+    for (int j = 0; j < kTiles; ++j) {
+      acc[j][i][0] = start;
+      if (kChains == 2) acc[j][i][kChains - 1] = _mm512_setzero_si512();
+    }
+  }
+  for (int64_t n = first; n < end; ++n, x += chunk * kSums) {
+    decoder.decode(codes + n * stride, chunk_bytes, int(chunk_bytes / 64), args.keep[n],
+                   [&](int t, int i, const __m512i* w) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                     for (int k = 0; k < kSums; ++k) {
+                       const __m512i v = broadcast_dword(x + (t * kSums + k) * 4);
+#pragma GCC unroll 2
+                       for (int j = 0; j < kTiles; ++j) {
+                         __m512i& sum = acc[j][k][i % kChains];
+                         dot(sum, w[j], v);
+                       }
+                     }
+                   });
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) {
+    const __m512 x_scale = _mm512_set1_ps(q.scale[s * args.M + m0 + m]);
+#pragma GCC unroll 2
+    for (int j = 0; j < kTiles; ++j) {
+      __m512i sums[kPlanes];
+#pragma GCC unroll 2
+      for (int p = 0; p < kPlanes; ++p) {
+        sums[p] = acc[j][m * kPlanes + p][0];
+        if (kChains == 2) sums[p] = _mm512_add_epi32(sums[p], acc[j][m * kPlanes + p][kChains - 1]);
+      }
+      float* at = y + (j * args.M + m0 + m) * kTileLanes;
+      const __m512 part = _mm512_mul_ps(sum_of_planes<kPlanes>(sums), x_scale);
+      _mm512_store_ps(at, _mm512_fmadd_ps(part, scale[j], _mm512_load_ps(at)));
+    }
+  }
+}
+
+// Panels over kTiles tiles: decoding each span for every panel costs less than levels in L1, or than a tile at a time,
+// where every dot needs a load of its own.
+template <int kBits, int kPlanes, int kTokens, int kTiles>
+static void panels_of_codes(const LinearArgs& args, const LevelTables& tables, int64_t t0) {
+  // As QuantizedRows says: wide ones first, others of one token less.
+  constexpr int kPanels = (kTokens * kPlanes + kPanelSums - 1) / kPanelSums, kWide = (kTokens + kPanels - 1) / kPanels,
+                kWidePanels = kTokens - kPanels * (kWide - 1);
+  const format::TileLayout& layout = args.layout;
+  const QuantizedRows& q = args.q;
+  const int64_t chunks_per_span = q.span / layout.chunk, spans_per_group = args.format.group_size / q.span;
+  const format::TilePlace place = format::tile_place(layout, t0);
+  const uint8_t *tile = args.prepacked + place.head, *codes = args.prepacked + place.codes;
+  ChunkDecoder<kBits, kTiles> decoder(tables);
+  const int64_t ahead =
+      layout.num_chunks > 0 ? round_up(ceil_div(kTiles * layout.tile_bytes, layout.num_chunks), 64) : 0;
+  __m512 scale[kTiles];
+  alignas(64) float y[kTiles * kTokens * kTileLanes];
+  for (int j = 0; j < kTiles; ++j) outlier_sums(args, tile + j * layout.head_bytes, 0, y + j * kTokens * kTileLanes);
+  for (int64_t s = 0; s < q.num_spans; ++s) {
+    const int64_t first = s * chunks_per_span;
+    const int64_t end = first + chunks_per_span < layout.num_chunks ? first + chunks_per_span : layout.num_chunks;
+    for (int j = 0; j < kTiles && s % spans_per_group == 0; ++j) {
+      scale[j] = load_scales(tile + j * layout.head_bytes + layout.scale, s / spans_per_group, args.format.scale_type);
+    }
+    for (int64_t line = first * ahead; line < end * ahead; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetch + line), _MM_HINT_T0);
+    }
+    const ChunkDecoder<kBits, kTiles> begin = decoder;
+    int64_t m0 = 0;
+#pragma GCC unroll 1
+    for (int i = 0; i < kWidePanels; ++i, m0 += kWide) {
+      decoder = begin;
+      panel_of_codes<kBits, kPlanes, kWide, kTiles>(args, decoder, codes, place.stride, s, first, end, m0, scale, y);
+    }
+#pragma GCC unroll 1
+    for (int i = kWidePanels; i < kPanels; ++i, m0 += kWide - 1) {
+      decoder = begin;
+      panel_of_codes<kBits, kPlanes, kWide - 1, kTiles>(args, decoder, codes, place.stride, s, first, end, m0, scale,
+                                                        y);
+    }
+  }
+  const TileOutput output[2] = {{args, t0}, {args, t0 + kTiles - 1}};
+#pragma GCC unroll 16
+  for (int m = 0; m < kTokens; ++m) {
+    for (int j = 0; j < kTiles; ++j) output[j].store(m, _mm512_load_ps(y + (j * kTokens + m) * kTileLanes));
   }
 }
 
@@ -261,7 +357,8 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
   const PanelKernel wide = panel_kernel<kPlanes, kTiles>(q.panel, Widths());
   const PanelKernel narrow = panel_kernel<kPlanes, kTiles>(q.panel > 1 ? q.panel - 1 : 1, Widths());
   alignas(64) uint8_t levels[kMaxSpan / 4 * kTiles * 64];
-  const uint8_t* tile = tile_at(args, t0);
+  const format::TilePlace place = format::tile_place(layout, t0);
+  const uint8_t *tile = args.prepacked + place.head, *codes = args.prepacked + place.codes;
   ChunkDecoder<kBits, kTiles> decoder(tables);
   __m512 scale[kTiles];
   for (int64_t s = 0; s < q.num_spans; ++s) {
@@ -271,21 +368,18 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
 #pragma GCC unroll 2
       for (int j = 0; j < kTiles; ++j) {
         scale[j] =
-            load_scales(tile + j * layout.tile_bytes + layout.scale, s / spans_per_group, args.format.scale_type);
+            load_scales(tile + j * layout.head_bytes + layout.scale, s / spans_per_group, args.format.scale_type);
       }
     }
     for (int64_t n = first; n < end; ++n) {
       // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
-      const uint8_t* ahead = tile + layout.codes + (n + chunks_per_span) * layout.chunk_bytes;
-#pragma GCC unroll 2
-      for (int j = 0; j < kTiles; ++j) {
-        for (int64_t line = 0; line < layout.chunk_bytes; line += 64) {
-          _mm_prefetch(reinterpret_cast<const char*>(ahead + j * layout.tile_bytes + line), _MM_HINT_T0);
-        }
+      const uint8_t* ahead = codes + (n + chunks_per_span) * place.stride;
+      for (int64_t line = 0; line < kTiles * layout.chunk_bytes; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
       }
       uint8_t* to = levels + (n - first) * (layout.chunk / 4) * kTiles * 64;
-      decoder.decode(tile + layout.codes + n * layout.chunk_bytes, layout.tile_bytes, int(layout.chunk_bytes / 64),
-                     args.keep[n], [&](int t, int, const __m512i* w) __attribute__((always_inline)) {
+      decoder.decode(codes + n * place.stride, layout.chunk_bytes, int(layout.chunk_bytes / 64), args.keep[n],
+                     [&](int t, int, const __m512i* w) __attribute__((always_inline)) {
 #pragma GCC unroll 2
                        for (int j = 0; j < kTiles; ++j) _mm512_store_si512(to + (t * kTiles + j) * 64, w[j]);
                      });
@@ -305,13 +399,21 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
   }
 }
 
+template <int kBits, int kPlanes, int kTokens, int kTiles>
+static void direct(const LinearArgs& args, const LevelTables& tables, int64_t t) {
+  if constexpr (kTokens * kPlanes <= kPanelSums) {
+    few_tokens<kBits, kPlanes, kTokens, kTiles>(args, tables, t);
+  } else {
+    panels_of_codes<kBits, kPlanes, kTokens, kTiles>(args, tables, t);
+  }
+}
+
 template <int kBits, int kPlanes, int kTokens>
 static void few_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end) {
   int64_t t = begin;
-  if constexpr (kTokens * kPlanes <= kPanelSums) {
-    for (; t + 2 <= end; t += 2) few_tokens<kBits, kPlanes, kTokens, 2>(args, tables, t);
-  }
-  for (; t < end; ++t) few_tokens<kBits, kPlanes, kTokens, 1>(args, tables, t);
+  if (t % 2 != 0 && t < end) direct<kBits, kPlanes, kTokens, 1>(args, tables, t++);
+  for (; t + 2 <= end; t += 2) direct<kBits, kPlanes, kTokens, 2>(args, tables, t);
+  if (t < end) direct<kBits, kPlanes, kTokens, 1>(args, tables, t);
 }
 
 template <int kBits, int kPlanes, int... kBefore>
@@ -324,9 +426,9 @@ static void few_tiles(const LinearArgs& args, const LevelTables& tables, int64_t
 
 template <int kBits, int kPlanes>
 static void int8_tiles(const LinearArgs& args, const LevelTables& tables, int64_t begin, int64_t end, float* scratch) {
-  constexpr int kFew = kFewSums / kPlanes;
-  if (args.M <= kFew) {
-    return few_tiles<kBits, kPlanes>(args, tables, begin, end, std::make_integer_sequence<int, kFew>());
+  constexpr int kDirect = kDirectSums / kPlanes;
+  if (args.M <= kDirect) {
+    return few_tiles<kBits, kPlanes>(args, tables, begin, end, std::make_integer_sequence<int, kDirect>());
   }
   const int64_t tile_floats = args.M * kTileLanes;
   for (int64_t first = begin; first < end; first += kStripTiles) {
@@ -339,6 +441,7 @@ static void int8_tiles(const LinearArgs& args, const LevelTables& tables, int64_
       }
     }
     int64_t t = first;
+    if (t % 2 != 0) many_tokens<kBits, kPlanes, 1>(args, tables, t++, scratch);
     for (; t + 2 <= last; t += 2) {
       many_tokens<kBits, kPlanes, 2>(args, tables, t, scratch + (t - first) * tile_floats);
     }

@@ -66,7 +66,7 @@ std::vector<Section> sections(const WeightFormat& f, const TileLayout& t, void* 
   const int64_t groups = format::num_groups(f), entries = format::num_blocks(f) * f.c;
   const int64_t scale_bytes = format::scale_bytes(f.scale_type);
   std::vector<Section> list{{row_scale, 0, 1, 2}, {scale, t.scale, groups, scale_bytes}};
-  if (t.chunk == 0) list.push_back({packed, t.codes, format::num_words(f), 4});
+  if (t.chunk == 0) list.push_back({packed, t.head_bytes, format::num_words(f), 4});
   if (f.c > 0) {
     list.push_back({outlier_value, t.outlier_value, entries, 1});
     list.push_back({outlier_index, t.outlier_index, entries, 1});
@@ -88,6 +88,8 @@ void copy_to_float(const TensorView& t, int64_t begin, int64_t count, float* out
 
 // Memory for activations as integers, and what the kernels must know of the order of columns.
 struct IntegerRows {
+  static constexpr int64_t kWorthAThread = 1 << 15;  // elements
+
   AlignedBuffer memory;
 
   // For up to M rows at a time.
@@ -127,9 +129,10 @@ struct IntegerRows {
     args->keep = kept;
   }
 
-  static void quantize(LinearArgs* args) {
+  // How many tokens the kernels take together.
+  static void arrange(LinearArgs* args) {
     QuantizedRows& q = args->q;
-    const int64_t M = args->M, K = args->format.K;
+    const int64_t M = args->M;
     const IntegerKernels& integer = kernels().integer;
     q.lanes = M == 1 ? 1 : M <= 4 ? 4 : M <= 8 ? 8 : 16;
     // Panels of equal width, give or take one: a narrow one at the end would cost as much as a wide one.
@@ -137,13 +140,24 @@ struct IntegerRows {
     const int64_t panels = ceil_div(M, most);
     q.panel = ceil_div(M, panels);
     q.wide = M - panels * (q.panel - 1);
-    // A piece is worth a thread from some tens of thousands of elements on.
-    parallel_for(0, M, std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(K, 1)),
-                 [&](int64_t begin, int64_t end) { integer.quantize_activations(*args, begin, end); });
-    if (args->format.c == 0) return;
-    const int64_t pieces = ceil_div(M, q.lanes) * ceil_div(K, kTransposeColumns);
-    parallel_for(0, pieces, (1 << 15) / (kTransposeColumns * q.lanes),
-                 [&](int64_t begin, int64_t end) { integer.transpose_activations(*args, begin, end); });
+  }
+
+  static int64_t transpose_pieces(const LinearArgs& args) {
+    return args.format.c == 0 ? 0 : ceil_div(args.M, args.q.lanes) * ceil_div(args.format.K, kTransposeColumns);
+  }
+
+  static void quantize_here(const LinearArgs& args) {
+    const IntegerKernels& integer = kernels().integer;
+    integer.quantize_activations(args, 0, args.M);
+    if (args.format.c > 0) integer.transpose_activations(args, 0, transpose_pieces(args));
+  }
+
+  static void quantize_on_all_threads(const LinearArgs& args) {
+    const IntegerKernels& integer = kernels().integer;
+    parallel_for(0, args.M, std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(args.format.K, 1)),
+                 [&](int64_t begin, int64_t end) { integer.quantize_activations(args, begin, end); });
+    parallel_for(0, transpose_pieces(args), kWorthAThread / (kTransposeColumns * args.q.lanes),
+                 [&](int64_t begin, int64_t end) { integer.transpose_activations(args, begin, end); });
   }
 };
 
@@ -177,21 +191,22 @@ Status Prepack::run(const TensorView* out) const {
                weight.outlier_value.data, weight.outlier_scale.data, weight.mask.data);
   parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      uint8_t* tile = data + format::kPrepackedTilesOffset + i * t.tile_bytes;
+      const format::TilePlace place = format::tile_place(t, i);
+      uint8_t *tile = data + place.head, *codes = data + place.codes;
       const int64_t row = i * kTileRows;
       const bool whole = row + kTileRows <= f.N;
-      std::memset(tile, 0, size_t(t.codes));
+      std::memset(tile, 0, size_t(t.head_bytes));
       const uint32_t* words = weight.packed.as<uint32_t>();
       int64_t chunks = 0;
       if (t.chunk > 0 && whole) {
-        chunks = kernels().interleave_rows(f, t, words + row * format::num_words(f), tile + t.codes);
+        chunks = kernels().interleave_rows(f, t, words + row * format::num_words(f), codes, place.stride);
       }
-      const int64_t written = chunks * t.chunk_bytes;
-      std::memset(tile + t.codes + written, 0, size_t(t.tile_bytes - t.codes - written));
+      if (t.chunk == 0) std::memset(codes, 0, size_t(t.tile_bytes - t.head_bytes));
+      for (int64_t n = chunks; n < t.num_chunks; ++n) std::memset(codes + n * place.stride, 0, size_t(t.chunk_bytes));
       for (const Section& s : list) {
         rows_to_lanes(static_cast<const uint8_t*>(s.rows), tile + s.offset, row, f.N, s.count, s.bytes);
       }
-      if (t.chunk > 0) words_to_chunks(f, t, words, row, chunks, tile + t.codes);
+      if (t.chunk > 0) words_to_chunks(f, t, words, row, chunks, codes, place.stride);
     }
   });
   return {};
@@ -279,11 +294,12 @@ Status Unprepack::run(const TensorView* out) const {
       sections(f, t, out[0].data, out[1].data, out[2].data, out[4].data, out[5].data, out[6].data, out[7].data);
   parallel_for(0, t.num_tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const uint8_t* tile = data + format::kPrepackedTilesOffset + i * t.tile_bytes;
+      const format::TilePlace place = format::tile_place(t, i);
+      const uint8_t* tile = data + place.head;
       for (const Section& s : list) {
         lanes_to_rows(tile + s.offset, static_cast<uint8_t*>(s.rows), i * kTileRows, f.N, s.count, s.bytes);
       }
-      if (t.chunk > 0) chunks_to_words(f, t, tile + t.codes, i * kTileRows, out[0].as<uint32_t>());
+      if (t.chunk > 0) chunks_to_words(f, t, data + place.codes, place.stride, i * kTileRows, out[0].as<uint32_t>());
     }
   });
   return {};
@@ -321,9 +337,10 @@ Status Linear::run(const TensorView* out) const {
 
   const uint8_t* data = weight.data.as<uint8_t>();
   float levels[256];
-  const int count = f.grid_size > 0 ? f.grid_size : 1 << f.bits;
+  const int count = f.grid_size > 0 ? f.grid_size : 1 << f.bits;  // a power of two
   const int8_t* grid = reinterpret_cast<const int8_t*>(data + format::kPrepackedGridOffset);
-  for (int u = 0; u < 256; ++u) levels[u] = f.grid_size > 0 ? float(grid[u % count]) : float(u % count - count / 2);
+  for (int u = 0; u < 256; ++u)
+    levels[u] = f.grid_size > 0 ? float(grid[u & (count - 1)]) : float((u & (count - 1)) - count / 2);
   std::vector<float> bias_copy;
   if (bias.present) {
     bias_copy.resize(size_t(f.N));
@@ -339,7 +356,11 @@ Status Linear::run(const TensorView* out) const {
   IntegerRows rows;
   const bool integers = activations != "f32" && args.layout.chunk > 0;
   const int64_t most = integers ? kInt8MaxRows : kLinearMaxRows;
-  if (integers) rows.prepare(f, args.layout, activations == "a16" ? 2 : 1, std::min(M, most), &args);
+  const int planes = activations == "a16" ? 2 : 1;
+  // Few enough for every thread to make integers of its own: that is sooner done than they come from another core's
+  // cache.
+  const bool few = integers && M <= most && M * f.K <= IntegerRows::kWorthAThread;
+  if (integers && !few) rows.prepare(f, args.layout, planes, std::min(M, most), &args);
 
   std::vector<float> x_copy;
   for (int64_t m = 0; m < M; m += most) {
@@ -347,8 +368,11 @@ Status Linear::run(const TensorView* out) const {
     args.x_rows = x.as<uint8_t>() + m * f.K * dtype_bytes(x.dtype);
     args.x_dtype = x.dtype;
     args.y = out[0].as<uint8_t>() + m * f.N * dtype_bytes(out[0].dtype);
-    if (integers) {
-      IntegerRows::quantize(&args);
+    if (few) {
+      // Below, by every thread.
+    } else if (integers) {
+      IntegerRows::arrange(&args);
+      IntegerRows::quantize_on_all_threads(args);
     } else if (x.dtype == DType::kFloat32) {
       args.x = x.as<float>() + m * f.K;
     } else {
@@ -358,8 +382,19 @@ Status Linear::run(const TensorView* out) const {
     }
     // A piece is worth a thread from about 32 thousand multiply-adds on.
     const int64_t tile_work = std::max<int64_t>(1, kTileRows * f.K * (args.M + 4));
-    const int64_t grain = std::max<int64_t>(integers ? 2 : 1, (1 << 15) / tile_work);
-    parallel_for(0, args.layout.num_tiles, grain, [&](int64_t begin, int64_t end) {
+    const int64_t unit = integers ? 2 : 1;  // tiles: pairs stay together
+    const int64_t grain = std::max<int64_t>(1, (1 << 15) / (unit * tile_work));
+    parallel_for(0, ceil_div(args.layout.num_tiles, unit), grain, [&](int64_t first, int64_t last) {
+      const int64_t begin = first * unit, end = std::min(last * unit, args.layout.num_tiles);
+      if (few) {
+        LinearArgs own = args;
+        IntegerRows own_rows;
+        own_rows.prepare(f, args.layout, planes, M, &own);
+        IntegerRows::arrange(&own);
+        IntegerRows::quantize_here(own);
+        const AlignedBuffer scratch(4 * int8_scratch_floats(M, end - begin));
+        return kernels().integer.linear_tiles(own, begin, end, scratch.as<float>());
+      }
       const AlignedBuffer scratch(4 * (integers ? int8_scratch_floats(args.M, end - begin) : linear_scratch_floats()));
       (integers ? kernels().integer.linear_tiles : kernels().linear_tiles)(args, begin, end, scratch.as<float>());
     });

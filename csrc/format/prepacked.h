@@ -5,8 +5,7 @@
 //
 //   header   64 bytes, below
 //   grid     256 bytes: int8 levels, zero padded (absent grid: all zero)
-//   tile 0, tile 1, ... ceil(N/16) of them, tile_bytes apart; each a run of sections, every one 64-byte aligned, in the
-//   order in which a CPU reads them:
+//   ceil(N/16) tiles; each a run of sections, every one 64-byte aligned, in the order in which a CPU reads them:
 //     row_scale      [16]               bfloat16
 //     outlier_value  [blocks][c][16]    e4m3
 //     outlier_index  [blocks][c][16]    uint8
@@ -16,6 +15,13 @@
 //     codes          [chunks][...]      3, 4 and uniform 8 bits: interleave.h
 //       or           [words][16]        other widths, odd group sizes, split: int32, the bit stream word by word
 //   Rows past N are zero everywhere, so they contribute nothing.
+//
+// Tiles whose codes are chunks lie in pairs, chunk by chunk: kernels that read two at once then read one stream, which
+// DRAM serves faster than two. The head of a tile is what stands before its codes.
+//
+//   head 0 | head 1 | chunk 0 of 0 | chunk 0 of 1 | chunk 1 of 0 | chunk 1 of 1 | ...     2 * tile_bytes
+//   head 2 | head 3 | ...
+//   head 4 | chunk 0 of 4 | chunk 1 of 4 | ...                                           tile_bytes: the odd one out
 #pragma once
 
 #include "format/interleave.h"
@@ -27,7 +33,7 @@ constexpr int64_t kTileRows = 16;
 constexpr uint32_t kPrepackedMagic = 0x304C4350u;  // "PCL0"
 // Of this order and the GPU's, which may change while files stay as they are: a change of either raises it, because
 // exported programs hold such buffers.
-constexpr uint16_t kPrepackedVersion = 1;
+constexpr uint16_t kPrepackedVersion = 2;
 
 struct PrepackedHeader {
   uint32_t magic;
@@ -47,8 +53,9 @@ constexpr int64_t kPrepackedGridOffset = 64;
 constexpr int64_t kPrepackedTilesOffset = kPrepackedGridOffset + 256;
 
 struct TileLayout {
-  int64_t chunk, num_chunks, chunk_bytes;                                   // chunk 0: codes are words
-  int64_t outlier_value, outlier_index, scale, outlier_scale, mask, codes;  // byte offsets inside a tile
+  int64_t chunk, num_chunks, chunk_bytes;                            // chunk 0: codes are words
+  int64_t outlier_value, outlier_index, scale, outlier_scale, mask;  // byte offsets inside a head
+  int64_t head_bytes;
   int64_t tile_bytes, num_tiles, total_bytes;
 };
 
@@ -67,7 +74,7 @@ PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
   if (f.split) offset = round_up(offset + scales, 64);
   t.mask = offset;
   if (f.split) offset = round_up(offset + mask_bytes_per_row(f) * kTileRows, 64);
-  t.codes = offset;
+  t.head_bytes = offset;
   t.chunk = f.split ? 0 : chunk_columns(f.bits, is_uniform(f), f.group_size);
   t.num_chunks = t.chunk > 0 ? ceil_div(f.K, t.chunk) : 0;
   t.chunk_bytes = chunk_bytes(f.bits, t.chunk);
@@ -76,6 +83,19 @@ PRECAL_INLINE TileLayout tile_layout(const WeightFormat& f) {
   t.num_tiles = ceil_div(f.N, kTileRows);
   t.total_bytes = kPrepackedTilesOffset + t.num_tiles * t.tile_bytes;
   return t;
+}
+
+// Where a tile lies, in bytes from the begin of the buffer: its head, its first chunk (or word), and how far its chunks
+// are apart.
+struct TilePlace {
+  int64_t head, codes, stride;
+};
+
+PRECAL_INLINE TilePlace tile_place(const TileLayout& t, int64_t tile) {
+  const int64_t first = kPrepackedTilesOffset + (tile & ~int64_t(1)) * t.tile_bytes, odd = tile & 1;
+  if (t.chunk == 0) return {first + odd * t.tile_bytes, first + odd * t.tile_bytes + t.head_bytes, 0};
+  if ((tile | 1) >= t.num_tiles) return {first, first + t.head_bytes, t.chunk_bytes};
+  return {first + odd * t.head_bytes, first + 2 * t.head_bytes + odd * t.chunk_bytes, 2 * t.chunk_bytes};
 }
 
 PRECAL_INLINE uint8_t prepacked_flags(const WeightFormat& f) {
