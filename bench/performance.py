@@ -46,9 +46,9 @@ compared by hand and has no figures here.
 
 - **M = 1** (wanted: 95 % of reading DRAM, 92 % with 3 bits): memory, not instructions: reading the same bytes in the
   same order without decoding them takes as long. What the order is matters most. Two tiles at a time share their
-  activations, and as two streams 34 KB apart they were read 7 to 9 % slower than now, as one: their chunks lie by turns
-  (csrc/format/prepacked.h). Tried: prefetches 1 to 24 KB ahead, to L1, to L2, past the caches, at two distances, the
-  next pair as a whole to L2 (8 KB ahead to L1 is the best, by 2 to 16 %); four streams; huge pages or small ones (no
+  activations; as two streams 34 KB apart they were read 7 to 9 % slower (by hand) than now, as one, with chunks that
+  lie by turns (csrc/format/prepacked.h). Tried: prefetches 1 to 24 KB ahead, to L1, to L2, past the caches, at two
+  distances, the next pair as a whole to L2 (kept: 7 KB ahead to L1); four streams; huge pages or small ones (no
   difference on this machine). A call costs 2 to 3 us beside the weight, and two threads that end apart some more.
 - **M = 1 from L3** (wanted: 150 GB/s in a8, 100 in a16): the core, not the cache. One thread is no faster from L2 than
   from L3, and far from reading either (table below). By count a register of 128 codes takes 5 instructions to decode, 2
@@ -57,9 +57,9 @@ compared by hand and has no figures here.
   in the decode, which need another order of the codes in memory.
 - **M = 4 and 16** (wanted: 1.5 x the best peer): loads and dots are two a cycle each, and decoding and outliers come
   on top. Up to 8 sums (tokens x planes) of two tiles stand in registers, so a load of four activations serves two dots.
-  Up to 16 are done in two halves, each of which decodes the span: a third faster than one tile at a time, where every
-  dot needs its own load, and than decoding into L1 first. From 17 on that is the better way; a16 at M = 16 has 32. a16
-  has two dots per 64 codes: 1.5 x a peer at 60 % or more of the bfloat16 peak is hardly to be had.
+  Up to 16 are done in two halves, each of which decodes the span: 4 to 20 % faster (by hand) than one tile at a time,
+  where every dot needs its own load, and than decoding into L1 first. From 17 on that is the better way; a16 at M = 16
+  has 32. a16 has two dots per 64 codes: 1.5 x a peer at 60 % or more of the bfloat16 peak is hardly to be had.
 - **M >= 64, a16** (wanted: as fast as dense bfloat16): 8 sums of each of two tiles run nearly at the dots' peak by
   profile; converting and scaling each sum takes 6 instructions per span of a group, decoding 1 to 2 of 64 to 256
   tokens' worth, storing and outliers the rest. Dense code has none of this to do and reaches the whole peak.

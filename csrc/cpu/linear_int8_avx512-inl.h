@@ -17,7 +17,7 @@
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-constexpr int64_t kPrefetch = 8192;  // bytes ahead
+constexpr int64_t kPrefetch = 7168;  // bytes ahead; more towards the end of a pair, for the next heads
 // Sums (tokens x planes) of two tiles in registers, and how many there may be without levels in L1.
 constexpr int kPanelSums = 8, kDirectSums = 16;
 constexpr int kPanel8 = kPanelSums, kPanel16 = kPanelSums / 2, kFew8 = kPanel8, kFew16 = kPanel16;
@@ -107,7 +107,7 @@ static void few_tokens(const LinearArgs& args, const LevelTables& tables, int64_
   // Of a step's prefetches: its share of everything up to the next pair's begin. Half a pair alone is rare.
   const int64_t ahead =
       layout.num_chunks > 0 ? round_up(ceil_div(kTiles * layout.tile_bytes, layout.num_chunks), 64) : 0;
-  const uint8_t* soon = tile + kPrefetch;
+  const uint8_t* soon = codes + kPrefetch;
   __m512 y[kTiles][kTokens], scale[kTiles];
   alignas(64) float outliers[kTokens * kTileLanes];
 #pragma GCC unroll 2
@@ -260,7 +260,7 @@ static void panels_of_codes(const LinearArgs& args, const LevelTables& tables, i
       scale[j] = load_scales(tile + j * layout.head_bytes + layout.scale, s / spans_per_group, args.format.scale_type);
     }
     for (int64_t line = first * ahead; line < end * ahead; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(tile + kPrefetch + line), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch + line), _MM_HINT_T0);
     }
     const ChunkDecoder<kBits, kTiles> begin = decoder;
     int64_t m0 = 0;
