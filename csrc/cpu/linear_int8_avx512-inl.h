@@ -359,6 +359,8 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
   alignas(64) uint8_t levels[kMaxSpan / 4 * kTiles * 64];
   const format::TilePlace place = format::tile_place(layout, t0);
   const uint8_t *tile = args.prepacked + place.head, *codes = args.prepacked + place.codes;
+  // With many tokens the next span is far enough, and L1 has other things to hold.
+  const int64_t distance = args.M <= 32 ? 4096 : chunks_per_span * place.stride;
   ChunkDecoder<kBits, kTiles> decoder(tables);
   __m512 scale[kTiles];
   for (int64_t s = 0; s < q.num_spans; ++s) {
@@ -372,8 +374,8 @@ static void many_tokens(const LinearArgs& args, const LevelTables& tables, int64
       }
     }
     for (int64_t n = first; n < end; ++n) {
-      // The dots that follow take long enough for the hardware to lose the stream: ask for the next span's codes.
-      const uint8_t* ahead = codes + (n + chunks_per_span) * place.stride;
+      // The dots that follow take long enough for the hardware to lose the stream: ask for the codes that come next.
+      const uint8_t* ahead = codes + n * place.stride + distance;
       for (int64_t line = 0; line < kTiles * layout.chunk_bytes; line += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
       }
