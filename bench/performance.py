@@ -70,7 +70,8 @@ compared by hand and has no figures here.
 - **Outliers** (wanted: 5 % at c = 1): one load and one multiply-add per entry and 16 tokens, by count 3 % of a8 at M
   = 64. The load is a line of x at a random column, from L2, which makes it two to three times that. Tried: gathers
   (slower), permutations instead of broadcasts of the values (no difference). Next: x in 16 bits for this purpose
-  where it comes in 16 bits, 32 tokens a line.
+  where it comes in 16 bits, 32 tokens a line. At M = 1 they come first in a pair of tiles, while no more codes are
+  asked of memory; that shows now that the rest waits less. Next: asking for codes between them.
 - **AVX2 and AVX-VNNI** (wanted: 85 % of reading DRAM at M = 1): AVX2 has no 8-bit dot product that takes full range.
   Words and vpmaddwd need 4 instructions per 32 products, as many as a float32 multiply-add does, so many tokens run at
   about the float32 peak of AVX2; vpdpbusd of AVX-VNNI needs 1. One token needs 13 instructions to decode 64 codes of 8
