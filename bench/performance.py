@@ -49,7 +49,7 @@ compared by hand and has no figures here.
   activations; as two streams 34 KB apart they were read 7 to 9 % slower (by hand) than now, as one, with chunks that
   lie by turns (csrc/format/prepacked.h). Tried: prefetches 1 to 24 KB ahead, to L1, to L2, past the caches, at two
   distances, the next pair as a whole to L2 (kept: 7 KB ahead to L1); four streams; huge pages or small ones (no
-  difference on this machine). A call costs 2 to 3 us beside the weight, and two threads that end apart some more.
+  difference on this machine). Every call has a few microseconds beside the weight, and waits for the later thread.
 - **M = 1 from L3** (wanted: 150 GB/s in a8, 100 in a16): the core, not the cache. One thread is no faster from L2 than
   from L3, and far from reading either (table below). By count a register of 128 codes takes 5 instructions to decode, 2
   dots and 3 loads in a8, in a16 4 dots and 5 loads; sums and scales of a group and outliers come on top. Two such

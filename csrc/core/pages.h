@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Huge pages for memory that is read from end to end again and again: with small ones a stream stops at every 4 KB for
-// a translation, which costs `linear` some of the bandwidth of DRAM.
+// Huge pages for memory that is read from end to end again and again: with small ones a stream needs a translation of
+// its address every 4 KB, which can cost bandwidth of DRAM; on some machines it costs none.
 #pragma once
 
 #include <cstdint>
