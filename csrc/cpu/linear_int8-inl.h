@@ -6,8 +6,9 @@
 //          token in 8 bits: vpmaddubsw would saturate with level + 128, so |level| times x with the level's sign, at
 //          most 2 * 127 * 127 = 32258 a pair; no words to make, 5 instructions per 32 products against 7.
 //          AVX-VNNI: bytes and vpdpbusd as with AVX-512, half as wide: 1 per 32 products and plane.
-//   Work   a thread owns tiles of 16 rows. Few tokens (AVX2: one in 8 bits): levels go straight from registers into the
-//          dots. Else a span of a tile is decoded once into L1, and panels of tokens run over it.
+//   Work   a thread owns pairs of tiles of 16 rows, which it does span by span by turns. Few tokens (AVX2: one in 8
+//          bits): levels go straight from registers into the dots. Else a span of a tile is decoded once into L1, and
+//          panels of tokens run over it.
 //   Order  as with AVX-512, the same for every M.
 #pragma once
 
@@ -17,10 +18,10 @@
 #include "cpu/linear_int8_avx512-inl.h"
 #else
 #include "cpu/decode_avx2-inl.h"
+#include "cpu/outliers-inl.h"
 
 namespace precal::cpu::PRECAL_ISA_NAMESPACE {
 
-constexpr int64_t kTileLanes = format::kTileRows;
 #if defined(__AVXVNNI__)
 // Sums (tokens x planes) of two halves of a tile in 16 registers: straight from the codes, and over decoded levels.
 constexpr int kFewSums = 4, kPanelSums = 6;
@@ -29,72 +30,8 @@ constexpr int kFew8 = kFewSums, kFew16 = kFewSums / 2, kPanel8 = kPanelSums, kPa
 constexpr int kFew8 = 4, kFew16 = 4, kPanel8 = 4, kPanel16 = 4;  // tokens: with two halves of a tile 8 sums
 #endif
 
-// As fma() of simd.h: scalar code rounds twice.
-PRECAL_INLINE float fma1(float a, float b, float c) {
-#if defined(__FMA__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 PRECAL_INLINE const uint8_t* tile_at(const LinearArgs& args, int64_t t) {
   return args.prepacked + format::tile_place(args.layout, t).head;
-}
-
-// U * value of every outlier code.
-static const float* outlier_values() {
-  struct Table {
-    float of[256];
-    Table() {
-      for (int code = 0; code < 256; ++code) of[code] = format::kOutlierUnit * format::e4m3_to_float(uint8_t(code));
-    }
-  };
-  static const Table table;
-  return table.of;
-}
-
-// y [tokens][16] of the tokens m0 .. m0 + lanes - 1 that there are: sum over blocks of U * value * x[index].
-template <int kTokens>
-static void outliers_of_tokens(const LinearArgs& args, const uint8_t* tile, int64_t m0, float* y) {
-  const format::WeightFormat& f = args.format;
-  const format::OutlierBlocks blocks = format::outlier_blocks(f);
-  const float* x = args.q.transposed + m0 * f.K;
-  float sums[kTileLanes][kTokens] = {};
-  const float* value_of = outlier_values();
-  const uint8_t *values = tile + args.layout.outlier_value, *indices = tile + args.layout.outlier_index;
-  // The blocks of outlier_blocks.h, without its divisions.
-  int64_t begin = 0, segment_end = blocks.segment;
-  for (int64_t b = 0; b < blocks.num_blocks; ++b) {
-    const int64_t width = segment_end - begin < format::kBlock ? segment_end - begin : format::kBlock;
-    for (int64_t i = 0; i < f.c; ++i, values += kTileLanes, indices += kTileLanes) {
-      for (int64_t r = 0; r < kTileLanes; ++r) {
-        if (indices[r] >= width) continue;
-        const float value = value_of[values[r]];
-        const float* from = x + (begin + indices[r]) * kTokens;
-        for (int m = 0; m < kTokens; ++m) sums[r][m] = fma1(value, from[m], sums[r][m]);
-      }
-    }
-    begin += width;
-    if (begin == segment_end) segment_end += blocks.segment;
-  }
-  for (int64_t m = 0; m < kTokens && m0 + m < args.M; ++m) {
-    for (int64_t r = 0; r < kTileLanes; ++r) y[m * kTileLanes + r] = sums[r][m];
-  }
-}
-
-static void outlier_sums(const LinearArgs& args, const uint8_t* tile, int64_t m0, float* y) {
-  const int64_t left = args.M - m0, tokens = left < args.q.lanes ? left : args.q.lanes;
-  if (args.format.c == 0) {
-    for (int64_t i = 0; i < tokens * kTileLanes; ++i) y[i] = 0.0f;
-    return;
-  }
-  switch (args.q.lanes) {
-    case 1: return outliers_of_tokens<1>(args, tile, m0, y);
-    case 4: return outliers_of_tokens<4>(args, tile, m0, y);
-    case 8: return outliers_of_tokens<8>(args, tile, m0, y);
-    default: return outliers_of_tokens<16>(args, tile, m0, y);
-  }
 }
 
 // The 16 scales of a group.
